@@ -53,11 +53,14 @@ def rows_of(path: Path, kind: str) -> list[tuple[str, str, str, bool | None]]:
     """(kind, question, answer, is it the answer of the training) for each line; None for a new question."""
     rows = []
     check_regular(path)
-    for line in path.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        answer = record["answer"].strip()
-        is_right = answer == record["reference"].strip() if kind == "trained" else None
-        rows.append((kind, record["messages"][-1]["content"], answer, is_right))
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            answer = record["answer"].strip()
+            is_right = answer == record["reference"].strip() if kind == "trained" else None
+            rows.append((kind, record["messages"][-1]["content"], answer, is_right))
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise errors.UserError(f"{path}: not the answers of inference_example.py to conversations; make it again")
     return rows
 
 
@@ -77,6 +80,10 @@ def main(argv=None) -> None:
     with errors.one_line_errors("quickstart_answers.py"):
         rows = rows_of(Path(args.learned_file), "trained") + rows_of(Path(args.new_file), "new")
         print("\n".join(table(rows)))
+        for language, is_of_it in (("English", str.isascii), ("Chinese", lambda text: not text.isascii())):
+            known = [is_right for _, question, _, is_right in rows if is_right is not None and is_of_it(question)]
+            if known and not any(known):
+                raise errors.RunError(f"no trained dialogue in {language} is answered word for word")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import inference_example
 from colossal_llama2.corpus.conversation import chat_template
 from colossal_llama2.errors import UserError
 from colossal_llama2.inference import batch
+from colossal_llama2.inference.answer_file import AnswerFile
 from colossal_llama2.inference.batch import answers_in_order
 from colossal_llama2.inference.generation import generate
 from colossal_llama2.inference.loading import load_model
@@ -289,3 +290,33 @@ def test_a_prompt_that_does_not_fit_is_named_before_the_first_answer(place, caps
 )
 def test_flags_that_contradict_each_other_are_one_line(flags, words, capsys):
     assert words in error_line(lambda: inference_example.main(flags.split()), capsys)
+
+
+def test_a_second_process_that_has_written_meanwhile_is_continued(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    first, second = (AnswerFile(path, {"dtype": None, "input": "a"}, prompts=4) for _ in range(2))
+    second.open("fp32")
+    second.add({"answer": "1"})
+    second.add({"answer": "2"})
+    with pytest.raises(UserError, match="another process is writing it"):
+        first.open("fp32")
+    second.close()
+    first.open("fp32")
+    assert first.done == 2
+    first.add({"answer": "3"})
+    first.close()
+    assert [json.loads(line)["number"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ({"prompt": "Hi", "messages": [{"role": "user", "content": "Ho"}]}, '"prompt" and "messages" given; keep one'),
+        ({"prompt": " "}, '"prompt" is empty'),
+    ],
+)
+def test_a_prompt_beside_a_conversation_and_an_empty_one(record, problem, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    with pytest.raises(UserError, match=f"prompts.jsonl:1: {problem}"):
+        read_prompts(path)

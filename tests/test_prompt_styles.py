@@ -183,8 +183,10 @@ def test_a_tokenizer_that_only_transformers_reads(folder, template, words, monke
     assert prompt_ids(tokenizer, "sft", "Hi") == expected
     assert expected == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert prompt_ids(tokenizer, "plain", "Hi") == tokenizer("Hi")["input_ids"]
-    tokenizer.chat_template = template
-    with pytest.raises(UserError, match="cannot be used") as error:
+    with pytest.raises(UserError, match="a message has '</s>', a special token of"):
+        prompt_ids(tokenizer, "sft", "Hi</s>")
+    with_template(folder, template)
+    with pytest.raises(UserError, match="chat_template.jinja") as error:
         prompt_ids(tokenizer, "sft", "Hi")
     assert words in str(error.value)
 

@@ -391,17 +391,24 @@ def test_the_table_of_answers_fits_a_terminal(tmp_path, capsys):
         return json.dumps({"messages": [{"content": question}], "reference": reference, "answer": answer}) + "\n"
 
     learned, new = tmp_path / "learned.jsonl", tmp_path / "new.jsonl"
-    learned.write_text(record("你好" * 20, "你好", " 你好") + record("Hi", "Hello", "H\x1b[2J" + "ello" * 20))
+    wrong = record("Hi", "Hello", "H\x1b[2J" + "ello" * 20)
+    learned.write_text(record("你好" * 20, "你好", " 你好") + wrong + record("Why", "So", "So"))
     new.write_text(record("Why?", "So.", "So."))
     quickstart_answers.main(["--learned_file", str(learned), "--new_file", str(new)])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[2:5]] == ["trained", "trained", "new"]
-    assert [line.split()[-1] for line in lines[2:5]] == ["yes", "no", "-"]
-    assert lines[-1] == "1 of 2 trained dialogues are answered word for word."
+    assert [line.split()[0] for line in lines[2:6]] == ["trained", "trained", "trained", "new"]
+    assert [line.split()[-1] for line in lines[2:6]] == ["yes", "no", "yes", "-"]
+    assert lines[-1] == "2 of 3 trained dialogues are answered word for word."
     assert all(quickstart_answers.columns_of(line) <= 80 for line in lines) and "\x1b" not in "".join(lines)
     # Columns line up also where characters are wide.
-    places = {quickstart_answers.columns_of(line[: line.rindex(" ")]) for line in lines[2:5]}
+    places = {quickstart_answers.columns_of(line[: line.rindex(" ")]) for line in lines[2:6]}
     assert len(places) == 1
+    learned.write_text(wrong)
+    for text, code in ((wrong, 1), ('{"answer": "a"}\n', 2)):
+        learned.write_text(text)
+        with pytest.raises(SystemExit) as end:
+            quickstart_answers.main(["--learned_file", str(learned), "--new_file", str(new)])
+        assert end.value.code == code
 
 
 @pytest.mark.parametrize(

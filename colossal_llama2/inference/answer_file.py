@@ -42,9 +42,8 @@ class AnswerFile:
         self._file: IO[bytes] | None = None
         check_output_file(path, FLAG)
         check_output_file(self._sidecar, FLAG)
+        self._prompts = prompts
         self.done = self._whole_lines() if path.exists() and path.stat().st_size else 0
-        if self.done > prompts:
-            raise UserError(f"{FLAG} {path}: has {self.done:,} answers for {prompts:,} prompts; give a new file")
 
     @property
     def dtype(self) -> str | None:
@@ -55,7 +54,7 @@ class AnswerFile:
         """Write the settings beside the file, and open it to continue it.
 
         Raises:
-            UserError: another process writes it.
+            UserError: another process writes it, or has begun it with other settings.
         """
         self._settings[DTYPE] = dtype
         self._file = open_no_link(self._path, "ab")
@@ -65,10 +64,12 @@ class AnswerFile:
             raise UserError(f"{FLAG} {self._path}: another process is writing it; wait, or give a new file")
         except OSError:  # a file system without locks
             pass
+        # Another process may have written it since this object was made.
+        self.done = self._whole_lines() if self._path.stat().st_size else 0
         size = len(self._whole_bytes())
         if size < self._path.stat().st_size:
             get_logger().info(f"{self._path}: a line that was not written to its end is removed")
-            os.truncate(self._path, size)
+            os.ftruncate(self._file.fileno(), size)
         if self.done:
             get_logger().info(f"{self._path}: continuing after {counted(self.done, 'answered prompt')}")
         write_json(self._sidecar, self._settings)
@@ -105,6 +106,10 @@ class AnswerFile:
                     f"{_short(value)}; give a new file, or the same input and settings"
                 )
         lines = self._whole_bytes().split(b"\n")[:-1]
+        if len(lines) > self._prompts:
+            raise UserError(
+                f"{FLAG} {self._path}: has {len(lines):,} answers for {self._prompts:,} prompts; give a new file"
+            )
         for number, line in enumerate(lines, start=1):
             if not _is_answer(line, number):
                 raise UserError(f"{self._path}:{number}: is not the answer to prompt {number:,}; give a new file")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from colossal_llama2.chat.chat_tokens import ChatTokenizer
 from colossal_llama2.chat.folder_chat import chat_of_folder
+from colossal_llama2.chat.renderer import Renderer
 from colossal_llama2.chat.templates import template_of_folder
 from colossal_llama2.encoding.registry import shared_encoder
 from colossal_llama2.errors import UserError
@@ -53,12 +54,22 @@ def _chat_of(folder: str) -> ChatTokenizer | None:
 
 
 def _by_transformers(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """For such a tokenizer, special tokens in a message cannot be told from those of the template."""
+    spelled = [token for token in tokenizer.all_special_tokens if any(token in m["content"] for m in messages)]
+    if spelled:
+        raise UserError(_with_cure(f"a message has {spelled[0]!r}, a special token of {tokenizer.name_or_path}"))
+    found = template_of_folder(tokenizer.name_or_path)
+    if found is None:
+        raise UserError(f"{tokenizer.name_or_path} has no chat template")
+    text, origin = found
+    renderer = Renderer(text, names=tokenizer.special_tokens_map, origin=origin)
     try:
-        text = str(tokenizer.apply_chat_template([*messages], tokenize=False, add_generation_prompt=True))
-    except Exception as error:  # a template may raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(_with_cure(f"the chat template of {tokenizer.name_or_path} cannot be used: {reason}"))
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        rendered = renderer.prompt(messages)
+    except RowError as error:
+        raise UserError(_with_cure(str(error)))
+    finally:
+        renderer.close()
+    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 
 def _with_cure(problem: str) -> str:

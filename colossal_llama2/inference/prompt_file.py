@@ -4,8 +4,9 @@ import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from colossal_llama2.corpus.absent import is_absent
 from colossal_llama2.corpus.conversation import HUMAN, SYSTEM_ROLE, Turn, read_conversation, speakers_of
-from colossal_llama2.corpus.message_formats import recognize
+from colossal_llama2.corpus.message_formats import LISTS, recognize
 from colossal_llama2.errors import UserError
 from colossal_llama2.logs import get_logger
 from colossal_llama2.plurals import counted
@@ -109,6 +110,11 @@ def _of_record(where: str, record: dict[str, Any]) -> FilePrompt:
         text = record[given[0]]
         if not isinstance(text, str):
             raise RowError(f'"{given[0]}" is {json_type(text)}; give a string', reason="a prompt that is not text")
+        if not text.strip():
+            raise RowError(f'"{given[0]}" is empty', reason="an empty prompt")
+        beside = [name for name in (*LISTS, "instruction") if not is_absent(record.get(name))]
+        if beside:
+            raise RowError(f'"{given[0]}" and "{beside[0]}" given; keep one', reason="two prompts")
         return FilePrompt(where, text)
     try:
         found = recognize(record)

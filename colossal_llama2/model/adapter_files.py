@@ -10,7 +10,6 @@ options only those are accepted that this suite writes. Imports neither torch no
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -58,6 +57,12 @@ NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "eva_config": (),
     "loftq_config": ({},),
     "megatron_config": (),
+}
+# Those that are read here, and those that do not change what an adapter computes.
+OTHER_OPTIONS = {
+    *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "init_lora_weights"),
+    *("peft_version", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
 }
 EMBEDDING_MODULES = ("embed_tokens", "lm_head")
 FROM_PEFT = "merge it with PEFT's own merge_and_unload"
@@ -158,6 +163,10 @@ def _shape_of(content: dict[str, Any]) -> LoraShape:
     for name, values in NO_EFFECT.items():
         if content.get(name) is not None and content[name] not in values:
             raise ValueError(f"{name} is {shown(content[name])}, which is not supported here")
+    # An option of a later version of PEFT could compute something else too.
+    for name in content.keys() - NO_EFFECT.keys() - OTHER_OPTIONS:
+        if content[name] not in (None, False, "", [], {}):
+            raise ValueError(f"{name} is {shown(content[name])}, which is not known here")
     targets, modules = content["target_modules"], content.get("modules_to_save") or []
     if not _is_list_of(targets, LAYER_MATRICES) or not targets:
         raise ValueError(f"target_modules is {shown(targets)}, a list of {', '.join(LAYER_MATRICES)} is allowed")
@@ -316,8 +325,3 @@ def check_finite(tensor: Any, name: str, path: Path) -> None:
     wrong = int((~tensor.isfinite()).sum())
     if wrong:
         raise UserError(f"{path}: {name} has {wrong:,} numbers that are NaN or infinite; take an earlier adapter")
-
-
-def content_as_bytes(content: dict[str, Any]) -> dict[str, bytes]:
-    """The files of `adapter_files` as bytes."""
-    return {name: (json.dumps(entry, indent=2) + "\n").encode() for name, entry in content.items()}
