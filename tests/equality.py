@@ -78,7 +78,7 @@ LORA_LAYOUTS = {
     "fp32": ("ddp", "zero2", "zero2_cpu", "3d", "3d sp2 all_to_all"),
     "bf16": (
         *("ddp", "gemini", "gemini offloaded", "gemini_auto", "zero2", "zero2_cpu"),
-        *("3d zero0", "3d zero1", "3d zero2", "3d sp2 all_to_all zero1"),
+        *("3d zero0", "3d zero1", "3d zero2"),
     ),
 }
 EVERY_LORA_OPTION = {"fp32": LORA_LAYOUTS["fp32"], "bf16": ("gemini", "zero2", "3d zero1")}
