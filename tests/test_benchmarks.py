@@ -84,6 +84,16 @@ BENCHMARKS = {
         values=r"(?: (?:\d\.\de-0[5-9]|0\.0e\+00)){2}\n",
         needs_folder=False,
     ),
+    "bench_padding": Benchmark(
+        "--smallest",
+        """
+        batches padding tokens/s over the first (least-most)
+        to max_length # # (#-#)
+        to the longest # # (#-#)
+        by length # # (#-#)
+        packed # # (#-#)
+        """,
+    ),
     "bench_memory": Benchmark(
         "--smallest",
         """
