@@ -280,10 +280,10 @@ def test_a_template_without_end_is_stopped(monkeypatch):
     monkeypatch.setattr(renderer, "SECONDS", 1.0)
     loops = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
     endless = Renderer(loops, names={}, origin="own.jinja")
-    with pytest.raises(UserError, match="own.jinja takes over 1 s; correct it"):
+    with pytest.raises(RowError, match="own.jinja takes over 1 s; correct it"):
         endless.prompt(TALK)
     # It can be used again, and ends as before.
-    with pytest.raises(UserError, match="takes over"):
+    with pytest.raises(RowError, match="takes over"):
         endless.prompt(TALK)
 
 
@@ -306,6 +306,11 @@ def test_the_templates_of_a_folder(byte_level_dir, tmp_path):
     }.items():
         with pytest.raises(UserError, match=problem):
             find_template(value, folder)
+    (folder / "chat_template.jinja").unlink()
+    config["chat_template"] = [{"name": [1], "template": "x"}, {"name": "default", "template": "a\ud800"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="is not valid Unicode at character 1"):
+        find_template("model", folder)
     (tmp_path / "latin.jinja").write_bytes(b"\xe4")
     with pytest.raises(UserError, match="is not UTF-8 from byte 0 on"):
         find_template(str(tmp_path / "latin.jinja"), folder)
@@ -365,6 +370,32 @@ def test_a_conversation_that_the_template_refuses_is_a_bad_row(tokenizer_dir, tm
     assert written["bad_reasons"] == {"a conversation that the chat template refuses": 1}
     decoded = {sample["inputs_decode"] for sample in read_jsonl(tmp_path / "jsonl")}
     assert "<s>[INST] Hi 你好 [/INST] Hello, 明月! </s>" in decoded
+
+
+@pytest.mark.parametrize("first", ["train", "mask"])
+def test_a_conversation_that_begins_with_an_answer(first, byte_level_dir, tmp_path):
+    """Without markers, a template that needs a question first does not show where the answer before it is."""
+    needy = "{{ messages[0]['content'][:0] if add_generation_prompt else '' }}" + PLAIN
+    (tmp_path / "own.jinja").write_text(needy)
+    write_lines(tmp_path / "in" / "rows.jsonl", [{"messages": [TALK[1], *TALK[:2]]}])
+    own = {"chat_template": str(tmp_path / "own.jinja"), "assistant_first": first}
+    flags = prepare_settings([tmp_path / "in"], byte_level_dir, tmp_path, **own)
+    if first == "train":
+        with pytest.raises(UserError, match="does not show where answer 1, before the first question, is"):
+            prepare_sft(**flags)
+        return
+    prepare_sft(**flags)
+    (sample,) = read_jsonl(tmp_path / "jsonl")
+    assert sample["inputs_decode"].count("Hello, 明月!") == 2
+    assert sample["labels_decode"] == [f"Hello, 明月!{STOP}"]
+
+
+def test_what_a_template_escapes_is_not_changed_in_silence(byte_level_dir):
+    text = PLAIN.replace("message['content'] +", "message['content'] | tojson(ensure_ascii=True) +")
+    chat = make(text, byte_level_dir)
+    assert chat.tokens(TALK)
+    with pytest.raises(RowError, match="escapes a message with a special token as JSON does"):
+        chat.tokens([TALK[0], {"role": "assistant", "content": f"An {STOP}"}])
 
 
 def test_a_tokenizer_without_the_tokens_of_a_template(tokenizer_dir, tmp_path):

@@ -283,6 +283,18 @@ HOSTILE = {
         lambda folder: change_config(folder, use_dora=True),
         "use_dora is true, which is not supported",
     ),
+    "with an option of a later PEFT": (
+        lambda folder: change_config(folder, new_scale=7, arrow_config=None),
+        "new_scale is 7, which is not known here",
+    ),
+    "with a scale that overflows": (
+        lambda folder: change_config(folder, lora_alpha=1e300),
+        "is NaN or infinite",
+    ),
+    "without a tokenizer": (
+        lambda folder: (folder / "tokenizer.model").unlink(),
+        "tokenizer.json",
+    ),
     "with ranks by layer": (
         lambda folder: change_config(folder, rank_pattern={"q_proj": 2}),
         "rank_pattern is .* which is not supported here",

@@ -24,6 +24,10 @@ from colossal_llama2.storage.row_errors import RowError
 
 # The last of Unicode's 32 code points here for use inside a program; `render_process` uses the first ones.
 SHIELD = "\ufdef"
+# As json.dumps and tojson(ensure_ascii=True) write it.
+ESCAPED_SHIELD = re.compile(r"\\u[fF][dD][eE][fF]")
+# The span of an answer that cannot be found.
+NOWHERE = (0, 0)
 NO_END = "a conversation with an answer that the chat template does not end with a special token"
 
 PROBE = (
@@ -113,13 +117,22 @@ class ChatTokenizer:
     def tokens(self, messages: Sequence[Mapping[str, str]]) -> Tokens:
         """A conversation as tokens.
 
+        Answers before the first question have no part of their own if the template does not show where they are.
+
         Raises:
             RowError: the template refuses it, or its answers cannot be found in the text.
         """
-        rendered = self._renderer.conversation(self._shielded(messages))
+        shielded = self._shielded(messages)
+        rendered = self._renderer.conversation(shielded)
+        if shielded != list(messages) and ESCAPED_SHIELD.search(rendered.text):
+            raise RowError(
+                f"the chat template {self.template.origin} escapes a message with a special token as JSON does, and "
+                "changes it; remove the token from the message",
+                reason="a special token in a message that the chat template escapes",
+            )
         spans = self._trimmed(rendered.text, rendered.spans)
         for number, span in enumerate(spans, start=1):
-            if self._end_of(rendered.text, span) is None:
+            if span != NOWHERE and self._end_of(rendered.text, span) is None:
                 raise RowError(
                     f"the chat template {self.template.origin} ends answer {number} without a special token of the "
                     "tokenizer, so that generation would not stop there",
@@ -196,6 +209,9 @@ class ChatTokenizer:
             return list(spans)
         trimmed = []
         for begin, end in spans:
+            if (begin, end) == NOWHERE:
+                trimmed.append(NOWHERE)
+                continue
             found = list(self._marks.special_pattern.finditer(text, begin, end))
             trimmed.append((begin, found[-1].end() if found else end))
         return trimmed
@@ -248,7 +264,7 @@ class ChatTokenizer:
     def _runs(self, text: str, spans: Sequence[tuple[int, int]]) -> list[_Run]:
         """The text divided at marks and at the borders of answers, without the shields."""
         borders = sorted({0, len(text), *(border for span in spans for border in span)})
-        answers = {begin: number for number, (begin, _) in enumerate(spans)}
+        answers = {span[0]: number for number, span in enumerate(spans) if span != NOWHERE}
         runs: list[_Run] = []
         for begin, end in zip(borders, borders[1:], strict=False):
             answer = answers.get(begin)

@@ -106,6 +106,9 @@ class Conversations:
     def answers(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, list[tuple[int, int]]]:
         """The same; without markers, the spans are found by rendering the messages before and up to each answer.
 
+        Answers before the first message of another role than system have the span (0, 0) if they cannot be found: many
+        templates refuse a conversation that ends with them, and usually they are masked.
+
         Raises:
             NotAPrefix: the text before an answer does not begin the whole text.
         """
@@ -115,12 +118,22 @@ class Conversations:
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before, _ = self.render(messages[:number], add_generation_prompt=True)
-            after, _ = self.render(messages[: number + 1], add_generation_prompt=False)
-            if not text.startswith(before) or not text.startswith(after) or len(after) < len(before):
-                raise NotAPrefix(number + 1)
-            spans.append((len(before), len(after)))
+            is_opening = all(earlier["role"] in ("system", "assistant") for earlier in messages[:number])
+            try:
+                spans.append(self._span(text, messages, number))
+            except (NotAPrefix, jinja2.TemplateError):
+                if not is_opening:
+                    raise
+                spans.append((0, 0))
         return text, spans
+
+    def _span(self, text: str, messages: Sequence[Mapping[str, str]], number: int) -> tuple[int, int]:
+        """The span of answer `number` of messages that are rendered as `text`."""
+        before, _ = self.render(messages[:number], add_generation_prompt=True)
+        after, _ = self.render(messages[: number + 1], add_generation_prompt=False)
+        if not text.startswith(before) or not text.startswith(after) or len(after) < len(before):
+            raise NotAPrefix(number + 1)
+        return len(before), len(after)
 
 
 class NotAPrefix(Exception):

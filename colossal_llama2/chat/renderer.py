@@ -21,6 +21,7 @@ SECONDS = 20.0
 START_SECONDS = 120.0
 
 REFUSED = "a conversation that the chat template refuses"
+LIMIT = "a conversation for which the chat template needs too much time or memory"
 NOT_A_PREFIX = "a conversation whose answers the chat template changes when the conversation continues"
 
 Messages = Sequence[Mapping[str, str]]
@@ -95,7 +96,10 @@ class Renderer:
     def _render(self, messages: Messages, *, add_generation_prompt: bool, answers: bool) -> RenderedText:
         self._start()
         request = {"messages": messages, "add_generation_prompt": add_generation_prompt, "answers": answers}
-        answer = self._ask(request, SECONDS)
+        try:
+            answer = self._ask(request, SECONDS)
+        except TooSlow as error:
+            raise RowError(str(error), reason=LIMIT)
         if "not_a_prefix" in answer:
             raise RowError(
                 f"the chat template {self._origin} does not write message {answer['not_a_prefix']}, an answer, as a "
@@ -104,7 +108,8 @@ class Renderer:
                 reason=NOT_A_PREFIX,
             )
         if "limit" in answer:
-            raise UserError(f"the chat template {self._origin} cannot be used: {answer['error']}; correct it")
+            problem = f"the chat template {self._origin} cannot be used: {answer['error']}; correct it"
+            raise RowError(problem, reason=LIMIT)
         if "error" in answer:
             reason = " ".join(answer["error"].split())
             raise RowError(f"the chat template {self._origin} refuses: {reason:.200}", reason=REFUSED)
@@ -163,8 +168,12 @@ class Renderer:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def _too_slow(self, seconds: float) -> UserError:
-        return UserError(f"the chat template {self._origin} takes over {seconds:.0f} s; correct it")
+    def _too_slow(self, seconds: float) -> "TooSlow":
+        return TooSlow(f"the chat template {self._origin} takes over {seconds:.0f} s; correct it")
+
+
+class TooSlow(UserError):
+    """A request took too long; its process has ended."""
 
 
 def _read_line(source: int, seconds: float) -> bytes:

@@ -123,15 +123,21 @@ def template_of_folder(folder: str | Path) -> tuple[str, str] | None:
     for name in (CONFIG_FILE, TEMPLATE_JSON_FILE):
         path = Path(folder, name)
         text = _default_of(read_settings(path).get("chat_template")) if is_regular(path) else None
-        if text is not None:
-            return text, str(path)
+        if text is None:
+            continue
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{path}: its chat template is not valid Unicode at character {error.start}; correct it")
+        return text, str(path)
     return None
 
 
 def _default_of(entry: Any) -> str | None:
     """The text of an entry, which is a text, or lists or maps several by name."""
     if isinstance(entry, list):
-        entry = {item.get("name"): item.get("template") for item in entry if isinstance(item, dict)}
+        named = [item for item in entry if isinstance(item, dict) and isinstance(item.get("name"), str)]
+        entry = {item["name"]: item.get("template") for item in named}
     if isinstance(entry, dict):
         entry = entry.get(DEFAULT)
     return entry if isinstance(entry, str) else None

@@ -82,7 +82,13 @@ def chat_ids(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[st
     """`message_ids`. Raises UserError also for a character that the tokenizer would drop."""
     for message in messages:
         _check_characters(tokenizer, message["content"])
-    return message_ids(tokenizer, messages)
+    ids = message_ids(tokenizer, messages)
+    if not ids:
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path} writes nothing for these messages; correct it, or use "
+            f"--prompt_style {PLAIN}"
+        )
+    return ids
 
 
 def text_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:

@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from colossal_llama2 import errors, logs
 from colossal_llama2.cli import tokenizer_flags
-from colossal_llama2.encoding.registry import kind_of
+from colossal_llama2.encoding.folder_files import check_tokenizer_files
+from colossal_llama2.encoding.registry import kind_of, load_encoder
 from colossal_llama2.errors import UserError
 from colossal_llama2.layer_matrices import module_of
 from colossal_llama2.model import adapter_files, training_history
 from colossal_llama2.model.adapter_files import Adapter
 from colossal_llama2.model.config_fields import CONFIG_FILE, TOKEN_ID_FIELDS, fields_of, read_fields
+from colossal_llama2.model.exported_configs import CODE_KEYS
 from colossal_llama2.model.loading import check_model
 from colossal_llama2.model.lora import PEFT_PREFIX
 from colossal_llama2.model.model_folder import (
@@ -47,6 +49,7 @@ from colossal_llama2.storage.files import (
 )
 from colossal_llama2.storage.given_paths import check_is_folder
 from colossal_llama2.storage.input_files import read_settings
+from colossal_llama2.storage.json_input import shown
 from colossal_llama2.storage.publishing import check_space, claimed, publish, remove_leftovers
 from colossal_llama2.terminal_text import show_line
 
@@ -95,14 +98,17 @@ def merge_lora(settings: MergeSettings) -> None:
     adapter_files.check_base(adapter, base, adapter_files.weights_hashes(base), flag="--base_model_path")
     check_numbers(str(base), None)
     rewrites = _rewrites(adapter, set(stored))
+    # Before the weights, which take long.
+    load_encoder(adapter.folder)
+    check_tokenizer_files(adapter.folder)
+    small = contents_of(adapter.folder, (*kind.encoder.files, GENERATION_CONFIG_FILE))
     shards = read_shards(base)
     check_space(target.parent, sum(shard.path.stat().st_size for shard in shards))
     target.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(target.parent, target.name) as folder, claimed(folder):
         _write_weights(base, folder, shards, rewrites)
         write_json(folder / CONFIG_FILE, {**config, **_dtype_entry(config, shards)})
-        small = (*kind.encoder.files, GENERATION_CONFIG_FILE)
-        write_contents(folder, contents_of(adapter.folder, small))
+        write_contents(folder, small)
         _write_history(adapter, folder)
         publish(folder, target, replace=False)
     show_line(f"written to {target}: {counted(len(rewrites), 'tensor')} of {base} changed by {adapter.folder}")
@@ -125,7 +131,10 @@ def _read_adapter(path: str) -> Adapter:
 def _merged_config(adapter: Adapter, base: Path) -> dict[str, Any]:
     """The config.json of the adapter's folder. Raises UserError if it is that of another model than the base."""
     path = adapter.folder / CONFIG_FILE
-    config = read_settings(path, allows_mark=True)
+    config = {key: value for key, value in read_settings(path, allows_mark=True).items() if key not in CODE_KEYS}
+    for key, allowed in (("model_type", ("llama",)), ("quantization_config", (None, {}))):
+        if config.get(key) not in allowed:
+            raise UserError(f"{path}: {key} is {shown(config.get(key))}; give an adapter of an unquantized LLaMA")
     found, expected = fields_of(config, path), read_fields(base)
     for name, value in expected.items():
         if name not in FREE_FIELDS and found.get(name) != value:
@@ -167,7 +176,7 @@ def _rewrites(adapter: Adapter, names: set[str]) -> dict[str, Rewrite]:
         for target in adapter.shape.targets:
             name = f"model.layers.{layer}.{module_of(target)}.{target}"
             a, b = (tensors[f"{PEFT_PREFIX}{name}.lora_{part}.weight"].float() for part in "AB")
-            rewrites[f"{name}.weight"] = _adding(a, b * scale)
+            rewrites[f"{name}.weight"] = _adding(f"{name}.weight", a, b * scale, adapter)
     return rewrites
 
 
@@ -175,8 +184,17 @@ def _replacing(values: "torch.Tensor") -> Rewrite:
     return lambda first, rows: values[first : first + len(rows)].float()
 
 
-def _adding(a: "torch.Tensor", b: "torch.Tensor") -> Rewrite:
-    return lambda first, rows: rows.float() + b[first : first + len(rows)] @ a
+def _adding(name: str, a: "torch.Tensor", b: "torch.Tensor", adapter: Adapter) -> Rewrite:
+    def add(first: int, rows: "torch.Tensor") -> "torch.Tensor":
+        values = rows.float() + b[first : first + len(rows)] @ a
+        if not values.isfinite().all():
+            raise UserError(
+                f"{adapter.folder}: with this adapter {name} is NaN or infinite (lora_alpha {adapter.shape.alpha:g}); "
+                "take another adapter"
+            )
+        return values
+
+    return add
 
 
 def _write_weights(base: Path, folder: Path, shards: Sequence[Shard], rewrites: dict[str, Rewrite]) -> None:

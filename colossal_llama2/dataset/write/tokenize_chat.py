@@ -23,6 +23,7 @@ from colossal_llama2.dataset.write.tokenization import (
     why_nothing_remains,
 )
 from colossal_llama2.encoding.registry import shared_encoder
+from colossal_llama2.storage.row_errors import RowError
 
 # A note, by which manifests count conversations that are used.
 JOINED = "conversations with an answer whose border transformers would tokenize otherwise"
@@ -79,6 +80,14 @@ def tokenize_chat(row: SftRow, *, tokenizer: ChatTokenizer, max_length: int) -> 
     }
     drops = tuple(Drop(reason, count) for reason, count in left_out.items() if count)
     input_ids, labels = _ids_and_labels(tokens, is_trained)
+    found = {part.answer for part in tokens.parts}
+    lost = next((number for number, is_own in enumerate(is_trained[:kept]) if is_own and number not in found), None)
+    if lost is not None:
+        raise RowError(
+            f"the chat template {tokenizer.template.origin} does not show where answer {lost + 1}, before the first "
+            "question, is; mark answers in it with {% generation %}, or leave out --assistant_first train",
+            reason="an opening answer that cannot be found in the chat template's text",
+        )
     everything = len(input_ids) + sum(drop.tokens for drop in drops)
     return Tokenized(input_ids, labels, everything, drops, kept), (JOINED,) if tokens.is_joined else ()
 
