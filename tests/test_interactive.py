@@ -351,7 +351,16 @@ def test_a_session_in_a_terminal(chat_dir, tmp_path):
         # Python's `input` overlooks a signal at the moment between two keys, until the next one.
         time.sleep(0.5)
         terminal.type(CONTROL_C)
+        place = terminal.wait_for("\n> ", after=place)
+        time.sleep(0.5)
+        terminal.type(CONTROL_C)
         place = terminal.wait_for("Ctrl-C again, or Ctrl-D, quits.\n> ", after=place)
+        # It clears a line again, and does not end the chat.
+        terminal.type("又")
+        terminal.wait_for("又", after=place)
+        time.sleep(0.5)
+        terminal.type(CONTROL_C)
+        place = terminal.wait_for("\n> ", after=place)
         terminal.type("\x1b[A\n")
         place = terminal.wait_for("/reset\nnew conversation; 0 exchanges removed\n> ", after=place)
         terminal.type(CONTROL_D)

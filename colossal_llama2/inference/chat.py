@@ -66,6 +66,10 @@ class Chat:
                 if not self._input.is_terminal:
                     raise
                 show("")
+                if self._input.has_cleared:
+                    # It was not meant to end the chat.
+                    was_interrupted = self._input.has_cleared = False
+                    continue
                 if was_interrupted:
                     return
                 was_interrupted = True

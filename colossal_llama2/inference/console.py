@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
+from colossal_llama2.errors import UserError
 from colossal_llama2.terminal_text import one_line, show
 
 PROMPT, CONTINUED = "> ", ". "
@@ -35,9 +36,16 @@ class MessageInput:
 
     A line that ends with a backslash goes on in the next one. Between two lines of three quotation marks, or after some
     at the beginning of a line and up to some at the end of one, everything is one message.
+
+    Attributes:
+        has_cleared: whether the last Ctrl-C has cleared something that was typed.
     """
 
     def __init__(self) -> None:
+        """Raises UserError if stdin or stdout is closed."""
+        if sys.stdin is None or sys.stdout is None:
+            raise UserError("--interactive reads stdin and writes stdout, and one of them is closed; open both")
+        self.has_cleared = False
         self.is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         # A broken character must not end the chat.
         if hasattr(sys.stdin, "reconfigure"):
@@ -83,6 +91,9 @@ class MessageInput:
                 return input(prompt)
             except EOFError:
                 return None
+            except KeyboardInterrupt:
+                self.has_cleared = prompt == CONTINUED or bool(_typed_so_far())
+                raise
         line = sys.stdin.readline()
         if not line:
             return None
@@ -90,6 +101,15 @@ class MessageInput:
         # A terminal shows what is typed; a transcript should too.
         show(prompt + line)
         return line
+
+
+def _typed_so_far() -> str:
+    """The line that was being edited."""
+    try:
+        import readline
+    except ImportError:
+        return ""
+    return readline.get_line_buffer()
 
 
 class StopOnInterrupt:
