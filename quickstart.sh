@@ -178,7 +178,8 @@ train_few() {
     mapfile -t places < <(outputs 6-chat)
     with_torchrun train_sft.py --pretrained "$out/5-sft/modeling" --dataset "$out"/prepared-chat/arrow/part-* \
         --plugin zero2 --mixed_precision fp32 --max_length "$sft_max_length" --use_flash_attn \
-        --micro_batch_size 4 --accumulation_steps 1 --num_epochs 60 --warmup_steps 5 --lr 1e-3 "${places[@]}"
+        --micro_batch_size 4 --accumulation_steps 1 --num_epochs 60 --warmup_steps 5 --lr 1e-3 --skip_save_each_epoch \
+        "${places[@]}"
 }
 
 # The form of the prompts is that of the training, which the model's folder records.
