@@ -597,6 +597,7 @@ def test_what_does_not_fit_together_is_refused(jobs, name, words):
 def test_exported_config_is_the_model_s_own(jobs, model_dir, name):
     before, after = (json.loads((path / "config.json").read_text()) for path in (model_dir, jobs[name].model))
     assert after["torch_dtype"] == ("bfloat16" if "bf16" in name else "float32")
+    assert after.pop("trained_for") == {"stage": "pretrain"}
     assert {**after, "torch_dtype": None} == {**before, "torch_dtype": None}
     assert AutoModelForCausalLM.from_pretrained(jobs[name].model).config._attn_implementation == "sdpa"
 
