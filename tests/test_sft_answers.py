@@ -1,4 +1,4 @@
-"""A share of tests/sft_answers.py: a tiny model learns four dialogues, and is asked as a user asks."""
+"""A share of tests/sft_answers.py: a tiny model learns eight dialogues, and is asked as a user asks."""
 
 import pytest
 
@@ -15,4 +15,4 @@ def test_questions_are_short_and_asked_once():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["zero2"])
 def test_every_question_is_answered_word_for_word(name, tmp_path):
-    assert wrong_answers(tmp_path, CASES[name], count=4, template="colossal", epochs=90) == []
+    assert wrong_answers(tmp_path, CASES[name], count=8, template="colossal", epochs=90) == []

@@ -19,6 +19,7 @@ import pytest
 
 from colossal_llama2 import tracker_names
 from colossal_llama2.cli import train_flags
+from colossal_llama2.model.trainable import Trainable
 from colossal_llama2.train.report import reporter, run_report, trackers
 from colossal_llama2.train.report.metric_writers import SeveralWriters
 from colossal_llama2.train.report.trackers import BackgroundWriter, TrackerIds, metric_name
@@ -187,7 +188,9 @@ def test_trackers_share_the_time_at_the_end(caplog):
 
 def test_the_files_of_a_run_do_not_wait_for_its_trackers(tmp_path, monkeypatch):
     """A launcher may kill a run that was stopped before a tracker has sent all."""
-    order, engine = [], SimpleNamespace(first_rank_only=lambda: contextlib.nullcontext(True), world_size=1)
+    settings = SimpleNamespace(trainable=Trainable())
+    first = lambda: contextlib.nullcontext(True)  # noqa: E731
+    order, engine = [], SimpleNamespace(first_rank_only=first, world_size=1, settings=settings)
     folder = RunFolder(tmp_path / "ckpt")
     folder.path.mkdir()
     run = run_report.RunReport(folder, settings={"total_steps": 1}, environment={}, amounts=None, base_model="x")
