@@ -396,6 +396,8 @@ def test_what_a_template_escapes_is_not_changed_in_silence(byte_level_dir):
     assert chat.tokens(TALK)
     with pytest.raises(RowError, match="escapes a message with a special token as JSON does"):
         chat.tokens([TALK[0], {"role": "assistant", "content": f"An {STOP}"}])
+    with pytest.raises(RowError, match="escapes a message"):
+        chat.prompt([{"role": "user", "content": f"An {STOP}"}])
 
 
 def test_a_tokenizer_without_the_tokens_of_a_template(tokenizer_dir, tmp_path):

@@ -103,11 +103,13 @@ class ChatTokenizer:
             RowError: the template refuses the messages.
         """
         # Earlier answers are encoded as in training.
-        text = self._renderer.prompt(self._shielded(messages))
+        shielded = self._shielded(messages)
+        text = self._renderer.prompt(shielded)
+        self._check_shields(text, shielded)
         spans: list[tuple[int, int]] = []
         if any(message["role"] == "assistant" for message in messages):
             try:
-                whole = self._renderer.conversation(self._shielded(messages))
+                whole = self._renderer.conversation(shielded)
             except RowError:
                 pass  # a history that training would refuse
             else:
@@ -124,12 +126,7 @@ class ChatTokenizer:
         """
         shielded = self._shielded(messages)
         rendered = self._renderer.conversation(shielded)
-        if shielded != list(messages) and ESCAPED_SHIELD.search(rendered.text):
-            raise RowError(
-                f"the chat template {self.template.origin} escapes a message with a special token as JSON does, and "
-                "changes it; remove the token from the message",
-                reason="a special token in a message that the chat template escapes",
-            )
+        self._check_shields(rendered.text, shielded)
         spans = self._trimmed(rendered.text, rendered.spans)
         for number, span in enumerate(spans, start=1):
             if span != NOWHERE and self._end_of(rendered.text, span) is None:
@@ -193,6 +190,15 @@ class ChatTokenizer:
                 content = pattern.sub(self._shield, content)
             shielded.append({"role": message["role"], "content": content})
         return shielded
+
+    def _check_shields(self, text: str, messages: Sequence[Mapping[str, str]]) -> None:
+        """Raise RowError if a shield of these messages was escaped, and would stay in the text."""
+        if any(SHIELD in message["content"] for message in messages) and ESCAPED_SHIELD.search(text):
+            raise RowError(
+                f"the chat template {self.template.origin} escapes a message with a special token as JSON does, and "
+                "changes it; remove the token from the message",
+                reason="a special token in a message that the chat template escapes",
+            )
 
     def _shield(self, found: re.Match[str]) -> str:
         """What stands for a special token that a message spells out."""

@@ -54,9 +54,6 @@ class Marks:
         flags |= _listed([{**entry, "id": int(index)} for index, entry in listed.items()], folder)
         return cls({text: flags.get(text, mark)._replace(id=mark.id) for text, mark in marks.items()})
 
-    def __contains__(self, text: str) -> bool:
-        return text in self._marks
-
     def __getitem__(self, text: str) -> Mark:
         return self._marks[text]
 

@@ -36,7 +36,11 @@ def chat_data_of(parts: Sequence[str], *, flag: str = "--dataset", other: ChatDa
         UserError: two folders were prepared with different templates, or a template cannot be read.
     """
     first = ""
+    # All parts in a folder have one manifest, which may be large.
+    folders: dict[Path, str] = {}
     for part in parts:
+        folders.setdefault(Path(part).resolve().parent, part)
+    for part in folders.values():
         found = _chat_data(part)
         if found is None:
             continue
