@@ -355,7 +355,7 @@ def test_a_session_in_a_terminal(chat_dir, tmp_path):
         time.sleep(0.5)
         terminal.type(CONTROL_C)
         place = terminal.wait_for("Ctrl-C again, or Ctrl-D, quits.\n> ", after=place)
-        # It clears a line again, and does not end the chat.
+        # The next one clears a line, and does not end the chat.
         terminal.type("又")
         terminal.wait_for("又", after=place)
         time.sleep(0.5)

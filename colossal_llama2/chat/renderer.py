@@ -111,8 +111,7 @@ class Renderer:
             problem = f"the chat template {self._origin} cannot be used: {answer['error']}; correct it"
             raise RowError(problem, reason=LIMIT)
         if "error" in answer:
-            reason = " ".join(answer["error"].split())
-            raise RowError(f"the chat template {self._origin} refuses: {reason:.200}", reason=REFUSED)
+            raise RowError(f"the chat template {self._origin} refuses: {_shortened(answer)}", reason=REFUSED)
         return RenderedText(answer["text"], [(begin, end) for begin, end in answer["spans"]])
 
     def _start(self) -> None:
@@ -140,8 +139,7 @@ class Renderer:
         if "error" in answer:
             self.close()
             where = f"{self._origin}:{answer['line']}" if "line" in answer else self._origin
-            reason = " ".join(answer["error"].split())
-            raise UserError(f"{where}: not a Jinja template ({reason:.200}); correct it")
+            raise UserError(f"{where}: not a Jinja template ({_shortened(answer)}); correct it")
         self._has_markers = answer["has_markers"]
 
     def _ask(self, request: Mapping[str, Any], seconds: float) -> dict[str, Any]:
@@ -174,6 +172,11 @@ class Renderer:
 
 class TooSlow(UserError):
     """A request took too long; its process has ended."""
+
+
+def _shortened(answer: Mapping[str, Any]) -> str:
+    """The error of an answer in one line of at most 200 characters."""
+    return " ".join(answer["error"].split())[:200]
 
 
 def _read_line(source: int, seconds: float) -> bytes:
