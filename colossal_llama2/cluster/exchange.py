@@ -1,4 +1,4 @@
-"""Start one process per rank on the hosts, and report what they measured while they exchanged data, or where they stopped."""
+"""Start one process per rank on the hosts, and report what each measured or where it stopped."""
 
 import json
 import shlex
@@ -78,11 +78,11 @@ def exchange(
             threads.append(threading.Thread(target=_follow, args=(process, script, ranks, of_host), daemon=True))
             threads[-1].start()
         _wait(ranks, end)
+        faults = _faults(ranks, master, question, seconds)
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    faults = _faults(ranks, master, question, seconds)
     return ([] if faults else _rows(ranks)), faults
 
 

@@ -84,17 +84,17 @@ def _part(reply: Reply, name: str) -> dict[str, Any]:
 def _reachability(reply: Reply, question: Question) -> Iterator[Finding]:
     name, ssh, fabric = reply.host.name, reply.ssh_problem, reply.fabric_problem
     if ssh and fabric:
-        yield error(name, f"{ssh} (the same by fabric, the library of colossalai run)" if ssh == fabric else ssh)
-        return
-    if ssh:
-        also = ""
-        if question.launcher == "colossalai":
-            also = "fabric, the library of colossalai run, reaches it, but ssh "
-        yield error(name, f"{also}{ssh}")
+        # The two word the same trouble differently.
+        yield error(name, ssh)
+    elif ssh:
+        yield error(name, f"reached by fabric, but not by ssh: it {ssh}" if question.launcher == "colossalai" else ssh)
     elif fabric:
-        cure = "or start with LAUNCHER=torchrun, which uses ssh"
-        yield error(name, f"ssh reaches it, but by fabric, the library of colossalai run, it {fabric}; {cure}")
-    if reply.report is None and not ssh and reply.problem:
+        yield error(
+            name,
+            f"reached by ssh, but not by fabric, which colossalai run uses: it {fabric}; or launch with "
+            "LAUNCHER=torchrun",
+        )
+    elif reply.report is None and reply.problem:
         yield error(name, reply.problem)
     missing = (reply.report or {}).get("missing")
     if missing == "folder":

@@ -186,7 +186,8 @@ def _contents(path: Path, hash_bytes: int) -> dict | None:
         names.sort()
         for entry in sorted(entries):
             file = Path(folder, entry)
-            size = file.stat().st_size
+            # A named pipe or a device would block its reader.
+            size = file.stat().st_size if file.is_file() else 0
             total += size
             name = str(file.relative_to(path))
             if len(files) < MAX_FILES:
@@ -197,8 +198,8 @@ def _contents(path: Path, hash_bytes: int) -> dict | None:
 
 
 def _size_and_hash(path: Path, hash_bytes: int) -> list:
-    size = path.stat().st_size
-    return [size, _digest(path) if size <= hash_bytes else None]
+    size = path.stat().st_size if path.is_file() else 0
+    return [size, _digest(path) if 0 < size <= hash_bytes else None]
 
 
 def save_folder(request: dict) -> dict | None:
@@ -322,7 +323,8 @@ def port(request: dict) -> dict | None:
     try:
         server = _listen(asked["number"])
     except OSError as error:
-        return {"problem": error.strerror, "in_use": error.errno == errno.EADDRINUSE}
+        # Python's own text names the address as well.
+        return {"problem": os.strerror(error.errno or 0)}
     with server:
         for _ in range(asked["callers"]):
             server.settimeout(max(end - time.monotonic(), 0.01))

@@ -27,6 +27,8 @@ SSH_OPTIONS = (
 SHELL = "sh -s"
 # ssh's own exit code; a command's may be the same, but a shell's is 127 at most.
 SSH_FAILED = 255
+LOGIN_REFUSED = r"account is (currently )?not available|nologin"
+MAX_REFUSAL = 500
 # What ssh and paramiko report, and what it means with the cure.
 REASONS = (
     (r"permission denied|authentication failed|authenticationexception|no existing session|no authentication methods",
@@ -40,7 +42,9 @@ REASONS = (
      "cannot be found by its name; correct /etc/hosts or DNS"),
     (r"timed out|timeout|no route to host|network is unreachable|unable to connect|host is down",
      f"does not answer within {CONNECT_SECONDS} s; check that it is up, its cable, its firewall, and the hostfile"),
-    (r"account is (currently )?not available|nologin",
+    (r"incompatiblepeer|incompatible ssh peer",
+     "accepts none of the algorithms that are offered; allow more of them in its sshd_config"),
+    (LOGIN_REFUSED,
      "has a login shell that refuses logins; chsh -s /bin/bash there"),
 )  # fmt: skip
 
@@ -77,7 +81,13 @@ def by_openssh(host: Host, script: str, *, seconds: float) -> Answer:
         return Answer(None, explained(trouble, host))
     if done.returncode and not output.strip():
         return Answer(None, explained(trouble or f"exit code {done.returncode}", host))
-    return Answer(output)
+    return _allowed(output, host)
+
+
+def _allowed(output: str, host: Host) -> Answer:
+    """The output, unless it is that of a login shell that runs nothing."""
+    refused = re.search(LOGIN_REFUSED, output, re.IGNORECASE)
+    return Answer(None, explained(refused[0], host)) if refused and len(output) < MAX_REFUSAL else Answer(output)
 
 
 def _too_slow(seconds: float) -> str:
@@ -136,7 +146,7 @@ def by_fabric(host: Host, script: str, *, seconds: float) -> Answer:
     finally:
         if connection is not None:
             connection.close()
-    return Answer(output)
+    return _allowed(output, host)
 
 
 def explained(trouble: str, host: Host) -> str:

@@ -117,15 +117,17 @@ def ask_all(hosts: Sequence[Host], question: Question, probe: Probe | None) -> l
     uses_fabric = question.launcher == "colossalai"
     fabric_missing = remote.prepare_fabric() if uses_fabric else None
     scripts = [_script(question, _request(question, probe, hosts, number, token)) for number in range(len(hosts))]
+    # When the first host has stopped serving the port.
+    late = _script(question, {**_request(question, probe, hosts, 0, token), "port": None})
     # Two per host, and none waits for another: the first host has to serve while the others call.
     with concurrent.futures.ThreadPoolExecutor(2 * len(hosts)) as pool:
         asked = [pool.submit(_ask, host, script) for host, script in zip(hosts, scripts, strict=True)]
         greeted = [pool.submit(_greet, host) if uses_fabric and not fabric_missing else None for host in hosts]
         replies = [future.result() for future in asked]
-        for reply, script, future in zip(replies, scripts, greeted, strict=True):
+        for reply, future in zip(replies, greeted, strict=True):
             reply.fabric_problem = fabric_missing if future is None else future.result()
             if reply.report is None and reply.ssh_problem and future is not None and not reply.fabric_problem:
-                _take_report(reply, remote.by_fabric(reply.host, script, seconds=REPORT_SECONDS + LOGIN_SECONDS))
+                _take_report(reply, remote.by_fabric(reply.host, late, seconds=REPORT_SECONDS + LOGIN_SECONDS))
     return replies
 
 
@@ -151,7 +153,7 @@ def _greet(host: Host) -> str | None:
     answer = remote.by_fabric(host, f"echo {HELLO}\n", seconds=LOGIN_SECONDS)
     if answer.output is None:
         return answer.problem
-    return None if HELLO in answer.output else "lets no command run: its login shell refuses it"
+    return None if HELLO in answer.output else "runs no command; its login shell has to"
 
 
 def _take_report(reply: Reply, answer: Answer) -> None:
