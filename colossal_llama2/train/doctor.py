@@ -24,8 +24,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from colossal_llama2 import errors, tables
-from colossal_llama2.cluster import survey, variables
-from colossal_llama2.cluster.findings import GIB, Finding, all_findings
+from colossal_llama2.cluster.doctor import survey, variables
+from colossal_llama2.cluster.doctor.finding import GIB, Finding
+from colossal_llama2.cluster.doctor.findings import all_findings
+from colossal_llama2.cluster.doctor.survey import Probe, Question, Reply
 from colossal_llama2.cluster.hostfile import (
     MAX_PORT,
     Host,
@@ -34,7 +36,6 @@ from colossal_llama2.cluster.hostfile import (
     launcher_lines,
     read_and_resolve,
 )
-from colossal_llama2.cluster.survey import Probe, Question, Reply
 from colossal_llama2.plurals import counted
 from colossal_llama2.terminal_text import show_line
 from colossal_llama2.train.before_launch import PARSERS
@@ -176,7 +177,7 @@ def checked_together(
         return []
     if any(finding.kind == "error" for finding in found):
         return [Finding("warning", "--dist was not tried; correct the errors first")]
-    from colossal_llama2.cluster import exchange
+    from colossal_llama2.cluster.doctor import exchange
 
     rows, faults = exchange.exchange(
         hosts, question, args.nproc_per_node or 1, seconds=args.dist_seconds, variables=os.environ

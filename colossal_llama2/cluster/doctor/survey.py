@@ -16,16 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from colossal_llama2.cluster import remote
-from colossal_llama2.cluster.host_report import MARK
+from colossal_llama2.cluster.doctor import remote
+from colossal_llama2.cluster.doctor.host_report import MARK
+from colossal_llama2.cluster.doctor.remote import Answer
 from colossal_llama2.cluster.hostfile import Host
-from colossal_llama2.cluster.remote import Answer
 
-REPORT_PROGRAM = "colossal_llama2.cluster.host_report"
-HOSTS_AT_ONCE = 64
+REPORT_PROGRAM = "colossal_llama2.cluster.doctor.host_report"
 # For the parts of a report; the port of the first host is served as long.
 REPORT_SECONDS = 10.0
 PORT_SECONDS = 5.0
+# This host starts the connections one after the other.
+SECONDS_PER_HOST = 0.1
 # Beyond the report: connecting, and Python's start on a busy host.
 LOGIN_SECONDS = 10.0
 HELLO = "colossal_llama2.hello"
@@ -119,15 +120,16 @@ def ask_all(hosts: Sequence[Host], question: Question, probe: Probe | None) -> l
     scripts = [_script(question, _request(question, probe, hosts, number, token)) for number in range(len(hosts))]
     # When the first host has stopped serving the port.
     late = _script(question, {**_request(question, probe, hosts, 0, token), "port": None})
+    seconds = REPORT_SECONDS + LOGIN_SECONDS + SECONDS_PER_HOST * len(hosts)
     # Two per host, and none waits for another: the first host has to serve while the others call.
     with concurrent.futures.ThreadPoolExecutor(2 * len(hosts)) as pool:
-        asked = [pool.submit(_ask, host, script) for host, script in zip(hosts, scripts, strict=True)]
+        asked = [pool.submit(_ask, host, script, seconds) for host, script in zip(hosts, scripts, strict=True)]
         greeted = [pool.submit(_greet, host) if uses_fabric and not fabric_missing else None for host in hosts]
         replies = [future.result() for future in asked]
         for reply, future in zip(replies, greeted, strict=True):
             reply.fabric_problem = fabric_missing if future is None else future.result()
             if reply.report is None and reply.ssh_problem and future is not None and not reply.fabric_problem:
-                _take_report(reply, remote.by_fabric(reply.host, late, seconds=REPORT_SECONDS + LOGIN_SECONDS))
+                _take_report(reply, remote.by_fabric(reply.host, late, seconds=seconds))
     return replies
 
 
@@ -140,9 +142,9 @@ def ask_here(question: Question, probe: Probe | None) -> Reply:
     return reply
 
 
-def _ask(host: Host, script: str) -> Reply:
+def _ask(host: Host, script: str, seconds: float) -> Reply:
     reply = Reply(host, sent=time.time())
-    answer = remote.by_openssh(host, script, seconds=REPORT_SECONDS + LOGIN_SECONDS)
+    answer = remote.by_openssh(host, script, seconds=seconds)
     if answer.output is None:
         reply.ssh_problem = answer.problem
     _take_report(reply, answer)
@@ -170,15 +172,15 @@ def _take_report(reply: Reply, answer: Answer) -> None:
 
 
 def _request(question: Question, probe: Probe | None, hosts: Sequence[Host], number: int, token: str) -> dict:
-    save = None
+    save, patience = None, SECONDS_PER_HOST * len(hosts)
     if probe is not None and probe.path is not None:
         save = {"folder": str(probe.folder), "probe": str(probe.path), "owner": question.lock_owner}
     port = None
     if question.port is not None:
         callers = len(hosts) - 1 if number == 0 else None
-        port = {"number": question.port, "callers": callers, "token": token, "seconds": PORT_SECONDS}
+        port = {"number": question.port, "callers": callers, "token": token, "seconds": PORT_SECONDS + patience}
     return {
-        "seconds": REPORT_SECONDS,
+        "seconds": REPORT_SECONDS + patience,
         "path": question.path,
         "scripts": list(question.scripts),
         "paths": list(question.paths),

@@ -3,6 +3,7 @@
 import json
 import shlex
 import socket
+import statistics
 import subprocess
 import threading
 import time
@@ -11,24 +12,29 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import IO
 
-from colossal_llama2.cluster import survey
-from colossal_llama2.cluster.exchange_worker import STAGES, WORKER_MARK
-from colossal_llama2.cluster.findings import Finding, error
+from colossal_llama2.cluster.doctor import survey
+from colossal_llama2.cluster.doctor.exchange_worker import STAGES, WORKER_MARK
+from colossal_llama2.cluster.doctor.finding import Finding, error, warning
+from colossal_llama2.cluster.doctor.remote import SHELL, SSH_OPTIONS, explained
+from colossal_llama2.cluster.doctor.survey import Question
 from colossal_llama2.cluster.hostfile import Host
-from colossal_llama2.cluster.remote import SHELL, SSH_OPTIONS, explained
-from colossal_llama2.cluster.survey import Question
 
-WORKER = "colossal_llama2.cluster.exchange_worker"
+WORKER = "colossal_llama2.cluster.doctor.exchange_worker"
+# A link that is so many times slower than the median is reported.
+SLOW_LINK = 5.0
 # What decides the network of NCCL and gloo. PATH and the place of the package go with every script.
 NETWORK_VARIABLES = ("NCCL_", "GLOO_", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "UCX_")
 # After the first rank has failed, others report their own fault if they have one.
 AFTER_FAILURE_SECONDS = 2.0
 LOOK_SECONDS = 0.05
-# Each rank's process starts with its number; what it waits for, by its last stage.
+# A rank that fails so long before the limit has found a fault; later ones have waited for another rank.
+OWN_FAULT_SECONDS = 3.0
+# What a rank has not done, by its last stage.
 WAITS_FOR = {
     None: "did not start",
     "started": "is still importing torch; if its disk is slow, give --dist_seconds more",
     "imported": "cannot connect to {master} on MASTER_PORT={port}; check that port in the firewall",
+    "met": "cannot connect to all others over gloo; open all ports between the hosts, or set GLOO_SOCKET_IFNAME",
     "joined": "exchanges nothing over gloo; open all ports between the hosts, or set GLOO_SOCKET_IFNAME",
     "gloo": "exchanges nothing over NCCL; set NCCL_DEBUG=INFO, NCCL_SOCKET_IFNAME, or NCCL_IB_DISABLE=1 and try again",
 }
@@ -41,13 +47,18 @@ class Rank:
     Attributes:
         stage: the last of STAGES that it reported; None before the first.
         figures: by stage, what it measured.
-        problem: the error that ended it.
+        problem: the error that ended it, and at what time.
     """
 
     host: Host
     stage: str | None = None
     figures: dict[str, dict] = field(default_factory=dict)
     problem: str | None = None
+    ended: float = 0.0
+
+    def fail(self, problem: str) -> None:
+        """Note why it ended."""
+        self.problem, self.ended = problem, time.monotonic()
 
     @property
     def is_done(self) -> bool:
@@ -58,7 +69,7 @@ class Rank:
 def exchange(
     hosts: Sequence[Host], question: Question, per_host: int, *, seconds: float, variables: Mapping[str, str]
 ) -> tuple[list[list[str]], list[Finding]]:
-    """Run all ranks for at most `seconds`. Returns the rows of a table, empty if a rank failed, and the faults.
+    """Run all ranks for at most `seconds`. Returns the rows of a table, empty if a rank failed, and the findings.
 
     Args:
         hosts: where; this host alone if there are none.
@@ -78,12 +89,13 @@ def exchange(
             threads.append(threading.Thread(target=_follow, args=(process, script, ranks, of_host), daemon=True))
             threads[-1].start()
         _wait(ranks, end)
-        faults = _faults(ranks, master, question, seconds)
+        faults = _faults(ranks, master, question.port, seconds, end)
+        rows = [] if faults else _rows(ranks)
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    return ([] if faults else _rows(ranks)), faults
+    return rows, faults or _slow_links(ranks)
 
 
 def _start(host: Host | None) -> subprocess.Popen:
@@ -128,7 +140,7 @@ def _follow(process: subprocess.Popen, script: str, ranks: Sequence[Rank], of_ho
                 note = json.loads(line.removeprefix(WORKER_MARK))
                 rank = ranks[note["rank"]]
                 if "problem" in note:
-                    rank.problem = note["problem"]
+                    rank.fail(note["problem"])
                 else:
                     rank.stage, rank.figures[note["stage"]] = note["stage"], note
     reader.join(1)
@@ -137,7 +149,7 @@ def _follow(process: subprocess.Popen, script: str, ranks: Sequence[Rank], of_ho
         if not rank.is_done and rank.problem is None:
             unreached = rank.stage is None and process.poll() not in (None, 0)
             what = explained(trouble, rank.host) if unreached else f"ended early ({(last_words or ['no message'])[-1]})"
-            rank.problem = what
+            rank.fail(what)
 
 
 def _text_lines(stream: IO[bytes]) -> Iterator[str]:
@@ -154,20 +166,42 @@ def _wait(ranks: Sequence[Rank], end: float) -> None:
         time.sleep(LOOK_SECONDS)
 
 
-def _faults(ranks: Sequence[Rank], master: str, question: Question, seconds: float) -> list[Finding]:
-    """The ranks that stopped earliest: the others wait for them."""
+def _faults(ranks: Sequence[Rank], master: str, port: int | None, seconds: float, end: float) -> list[Finding]:
+    """The fault where it begins: the rank that failed first, or those that got least far while the others waited."""
     failed = [rank for rank in ranks if not rank.is_done]
-    if not failed:
-        return []
+    own = [rank for rank in failed if rank.problem and rank.ended < end - OWN_FAULT_SECONDS]
+    if own:
+        first = min(own, key=lambda rank: rank.ended)
+        return [_fault(first, ranks, f"{_waits(first, master, port)} ({first.problem})")]
     order = (None, *STAGES)
-    earliest = min(order.index(rank.stage) for rank in failed)
+    earliest = min((order.index(rank.stage) for rank in failed), default=0)
+    return [
+        _fault(rank, ranks, f"within {seconds:g} s {_waits(rank, master, port)}")
+        for rank in failed
+        if order.index(rank.stage) == earliest
+    ]
+
+
+def _waits(rank: Rank, master: str, port: int | None) -> str:
+    return WAITS_FOR[rank.stage].format(master=master, port=port)
+
+
+def _fault(rank: Rank, ranks: Sequence[Rank], text: str) -> Finding:
+    return error(f"{rank.host.name}: rank {list(map(id, ranks)).index(id(rank))}", text)
+
+
+def _slow_links(ranks: Sequence[Rank]) -> list[Finding]:
+    """A warning for each rank that receives much slower than the others."""
     found = []
-    for rank in failed:
-        if order.index(rank.stage) == earliest:
-            waits = WAITS_FOR[rank.stage].format(master=master, port=question.port)
-            within = f"within {seconds:g} s " if rank.problem is None else ""
-            text = f"{within}{waits}" if rank.problem is None else f"{waits} ({rank.problem})"
-            found.append(error(f"{rank.host.name}: rank {ranks.index(rank)}", text))
+    for kind, name in (("gloo", "gloo"), ("nccl", "NCCL")):
+        rates = [rank.figures.get(kind, {}).get("receive", 0.0) for rank in ranks]
+        usual = statistics.median(rates)
+        for number, (rank, rate) in enumerate(zip(ranks, rates, strict=True)):
+            if rate * SLOW_LINK < usual:
+                before = ranks[number - 1].host.name
+                text = f"receives {_rate(rate)} from {before} over {name}, others {_rate(usual)}"
+                cure = "check cable, port speed (ethtool) and interface of both"
+                found.append(warning(f"{rank.host.name}: rank {number}", f"{text}; {cure}"))
     return found
 
 

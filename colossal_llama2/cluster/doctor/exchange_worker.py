@@ -1,7 +1,7 @@
 """One rank of `exchange`: it joins the others, exchanges data, and prints what it measured, a line for each stage.
 
     RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=node1 MASTER_PORT=29500 \\
-        python -m colossal_llama2.cluster.exchange_worker SECONDS
+        python -m colossal_llama2.cluster.doctor.exchange_worker SECONDS
 
 The bandwidth of the all-reduce is that of the slowest link. The one from the rank before, which all ranks measure at
 the same time around a ring, shows which link that is.
@@ -20,13 +20,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from colossal_llama2.cluster.host_report import route_to
+from colossal_llama2.cluster.doctor.host_report import route_to
 
 if TYPE_CHECKING:
     import torch
 
 WORKER_MARK = "colossal_llama2.exchange "
-STAGES = ("started", "imported", "joined", "gloo", "nccl")
+STAGES = ("started", "imported", "met", "joined", "gloo", "nccl")
 # Numbers of 4 bytes: 4 MiB over gloo, 256 MiB over NCCL, which needs large messages for its full speed.
 SIZES = {"gloo": 1 << 20, "nccl": 1 << 26}
 MEASURED_SECONDS = 0.5
@@ -76,7 +76,12 @@ def _exchange(rank: int, world_size: int, end: float) -> None:
         _note(rank, "imported")
         # A rank reports its own error before the limit ends it.
         timeout = timedelta(seconds=max(end - time.monotonic() - 1, 1))
-        dist.init_process_group("gloo", timeout=timeout)
+        port = int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"], port, world_size, rank == 0, timeout=timeout, wait_for_workers=False
+        )
+        _note(rank, "met")
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
         _note(rank, "joined")
         dist.barrier()
         _note(rank, "gloo", interface=interface or address, **_figures(rank, world_size, "gloo", torch.device("cpu")))

@@ -7,7 +7,7 @@ It writes each one into a command line for the hosts' shells, `export NAME="VALU
 import re
 from collections.abc import Iterator, Mapping
 
-from colossal_llama2.cluster.findings import Finding
+from colossal_llama2.cluster.doctor.finding import Finding
 
 NEEDED = re.compile(
     r"PATH|HOME|LD_LIBRARY_PATH|PYTHONPATH|VIRTUAL_ENV|TMPDIR|MASTER_\w+|"
