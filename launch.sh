@@ -5,6 +5,7 @@
 #                      torchrun: torchrun on these hosts, started over ssh; MAX_RESTARTS=N starts failed ranks again
 #                      slurm: `srun` on the nodes of the present job; see train.example.sbatch
 #   HOSTFILE, NPROC_PER_NODE, MASTER_PORT: where, how many processes on each host, and a free port of the first host
+#   CHECK_HOSTS        no: do not check the hosts (python -m colossal_llama2.train.doctor) before the launch
 #   PASS_ENVIRONMENT   names of variables that colossalai passes to the hosts besides those it passes anyway
 #   RUN_NAME           name of the run below PARENT_SAVE_DIR, PARENT_TENSORBOARD_DIR and PARENT_CONFIG_FILE. Without
 #                      it, a new command gets PROJECT_NAME and the time, and the same command again the same name.
@@ -42,6 +43,11 @@ launch() {
             exit 0
         fi
     done
+    # Slurm has its own health checks, and its nodes need not reach each other by ssh.
+    if [[ $LAUNCHER != slurm && ${CHECK_HOSTS:-yes} != no ]]; then
+        python -m colossal_llama2.train.doctor --quick --hostfile "$HOSTFILE" --nproc_per_node "$NPROC_PER_NODE" \
+            --master_port "$MASTER_PORT" --launcher "$LAUNCHER" "$script" "${arguments[@]}"
+    fi
     mkdir -p "$PARENT_SAVE_DIR" "$PARENT_TENSORBOARD_DIR" "$PARENT_CONFIG_FILE"
     keep_name "$hash"
     # `exec` leaves without the trap.

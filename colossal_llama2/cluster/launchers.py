@@ -133,7 +133,7 @@ class ColossalaiLaunch(Launch):
         codes = {host.host: 1 if host.code is None else host.code for host in self.output.hosts.values()}
         # A lost connection says nothing about the ranks there.
         codes = {host: code for host, code in codes.items() if code != -1}
-        here = next((host.name for host in self.plan.hosts if is_here(host.name)), None)
+        here = next((host.name for host in self.plan.hosts if hostfile.is_this_host(host.name)), None)
         agents = job_processes.Processes.of(self.plan.mark).agents
         self._seen_agent |= bool(agents)
         if here is not None and self._seen_agent and not agents:
@@ -154,7 +154,7 @@ class TorchrunLaunch(Launch):
         plan = self.plan
         variables = environment.for_hosts(os.environ) | {job_processes.MARK: plan.mark}
         for number, host in enumerate(plan.hosts):
-            remote = not is_here(host.name)
+            remote = not hostfile.is_this_host(host.name)
             start = [*job_processes.SSH, *SSH_OPTIONS, host.destination, FROM_LOGIN_SHELL]
             if not remote:
                 start = [sys.executable, "-m", "colossal_llama2.cluster.on_host"]
@@ -239,27 +239,14 @@ LAUNCHES: dict[str, type[Launch]] = {
 
 def other_destinations(hosts: Sequence[Host]) -> list[str]:
     """What ssh takes for each host but this one."""
-    return [host.destination for host in hosts if not is_here(host.name)]
-
-
-def is_here(name: str) -> bool:
-    """Whether a name or address is one of this host: a socket can be bound to it."""
-    found = hostfile.addresses(name)
-    if isinstance(found, str):
-        return False
-    for address in found:
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.bind((address, 0))
-            return True
-    return False
+    return [host.destination for host in hosts if not hostfile.is_this_host(host.name)]
 
 
 def check_port(first: Host, port: int) -> None:
     """Raise UserError if the first host is this one and another process listens on the port."""
     if not 0 < port <= hostfile.MAX_PORT:
         raise UserError(f"MASTER_PORT is {port}; give a port from 1024 to {hostfile.MAX_PORT}")
-    if not is_here(first.name):
+    if not hostfile.is_this_host(first.name):
         return
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         # As torch's store binds it: what earlier connections left behind is no obstacle.

@@ -18,6 +18,7 @@ SECRET = re.compile(r"(^|_)(API_?KEYS?|KEYS?|TOKENS?|SECRETS?|PASSW(OR)?D|CREDEN
 NOT_SECRET = re.compile(r"TOKENIZERS_\w+|\w+_(FILE|PATH|DIR)|SSH_AUTH_SOCK")
 # bash refuses to set these, and the command after it does not run.
 READ_ONLY = ("BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID")
+BY_HAND = "colossalai run by hand"
 EXPANDED = '"$`\\'
 PLAIN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -38,15 +39,20 @@ def findings(variables: Mapping[str, str]) -> Iterator[Finding]:
     if fatal:
         yield Finding(
             "warning",
-            f"colossalai run by hand fails with {', '.join(fatal)} in the environment, which no shell sets; "
+            f"{BY_HAND} fails with {', '.join(fatal)} in the environment, which no shell sets; "
             "start it by train.sh, which does not pass them, or unset them",
         )
     if secret:
         yield Finding(
             "warning",
-            f"colossalai run by hand writes {', '.join(secret)} into command lines, which all users of all hosts can "
+            f"{BY_HAND} writes {', '.join(secret)} into command lines, which all users of all hosts can "
             "read; start it by train.sh, which does not pass them",
         )
+
+
+def concerns_launch_by_hand(finding: Finding) -> bool:
+    """Whether a finding is only for a `colossalai run` that is not started by train.sh."""
+    return finding.kind == "warning" and finding.text.startswith(BY_HAND)
 
 
 def _problem(name: str, value: str) -> str | None:
