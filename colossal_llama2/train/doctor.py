@@ -34,6 +34,7 @@ from colossal_llama2.cluster.hostfile import (
     HostfileError,
     check_slots,
     is_loopback,
+    is_this_host,
     launcher_lines,
     read_and_resolve,
 )
@@ -55,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         question = question_of(args, given)
         hosts = read_hosts(args)
         replies, found = examine(hosts, question, args.nproc_per_node)
+        # train.sh reports itself which variables it withholds.
+        if len(hosts) > 1 and args.launcher == "colossalai" and not args.quick:
+            found += variables.findings(os.environ)
         if not args.quick:
             tables.print_table(table_rows(replies, found), align="l")
             sys.stdout.flush()
@@ -82,7 +86,8 @@ def read_hosts(args: argparse.Namespace) -> list[Host]:
         for line in error.lines:
             show_line(f"doctor: error: {line}", file=sys.stderr)
         raise SystemExit(2) from error
-    return hosts
+    # Launchers need no ssh for it.
+    return [] if len(hosts) == 1 and is_this_host(hosts[0].name) else hosts
 
 
 def question_of(args: argparse.Namespace, given: argparse.Namespace | None) -> Question:
@@ -130,8 +135,6 @@ def examine(hosts: Sequence[Host], question: Question, per_host: int | None) -> 
         with survey.probe_file(question.save_dir) as probe:
             replies = ask(probe)
     found = all_findings(replies, question, probe, os.environ, per_host)
-    if len(hosts) > 1 and question.launcher == "colossalai":
-        found += variables.findings(os.environ)
     return replies, found
 
 

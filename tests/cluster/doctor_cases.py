@@ -193,9 +193,9 @@ CASES = (
     ),
     Case("unknown host", lambda p: write_hostfile(p, "node1\nnode9\n"), "hostfile:2: this host cannot find node9"),
     Case(
-        "variable with a quote", lambda p: p.variables.update(NCCL_DEBUG_FILE='a"b'), "NCCL_DEBUG_FILE: its value has"
+        "variable with a quote", lambda p: p.variables.update(NCCL_DEBUG_FILE='a"b'), "NCCL_DEBUG_FILE: a shell would change the value"
     ),
-    Case("secret", lambda p: p.variables.update(HF_TOKEN="abc"), "colossalai run by hand writes HF_TOKEN", "warning"),
+    Case("secret", lambda p: p.variables.update(HF_TOKEN="abc"), "HF_TOKEN: colossalai run by hand shows it", "warning"),
     Case("dist", lambda p: p.flags.extend(["--dist", "--dist_seconds", "60"]), ""),
     Case(
         "dist, ports blocked",
