@@ -106,7 +106,7 @@ def differences(hosts: Sequence[str], facts: Sequence[Facts]) -> list[str]:
     names = dict.fromkeys(name for found in facts for name in found)
     clauses = []
     for name in names:
-        values = [found.get(name, "missing") for found in facts]
+        values = [found.get(name, "none") for found in facts]
         # Of equally common values, that of the lowest rank counts as the usual one.
         common = [value for value, _ in Counter(values).most_common()]
         if len(common) > 1:
