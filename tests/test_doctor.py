@@ -1,6 +1,7 @@
 """The doctor: what it asks of a host, the one line for each fault, and what a user sees. Real hosts: tests/cluster."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import socket
@@ -94,7 +95,7 @@ FAULTS = [
         "host",
         "addresses",
         ["127.0.1.1"],
-        "error: node2: its own name node2 has the address 127.0.1.1, which gloo would",
+        "warning: node2: its own name node2 has the address 127.0.1.1; training looks",
     ),
     ("host", "name_problem", "not known", "warning: node2: its own name node2 has no address"),
     ("host", "shared_memory", 64 << 20, "warning: node2: /dev/shm has 64 MiB; start the container with --shm-size"),
@@ -256,7 +257,7 @@ def test_interfaces_that_variables_name_have_to_exist(variables, message):
 
 
 def test_a_lock_is_explained_by_what_its_host_reports():
-    question = dataclasses.replace(QUESTION, lock_owner={"host": "node2", "pid": 7, "since": "noon"})
+    question = dataclasses.replace(QUESTION, lock_owner={"host": "node2", "pid": 7, "since": "noon", "ending": False})
     for alive, message in (
         (True, "error: --save_dir runs/a: process 7 on node2 since noon is writing to it"),
         (False, "warning: --save_dir runs/a: .lock was left by process 7 on node2 since noon, which has died"),
@@ -369,7 +370,9 @@ def test_faults_of_this_host_are_lines_on_stderr_and_exit_code_2(run_doctor, job
     (job / "runs" / "a").mkdir(parents=True)
     owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": "noon"}
     (job / "runs" / "a" / ".lock").write_text(json.dumps(owner))
-    process = run_doctor("--quick", *SCRIPT)
+    with open(job / "runs" / "a" / ".lock", "rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = run_doctor("--quick", *SCRIPT)
     assert process.returncode == 2 and process.stdout == ""
     missing, locked, summary = process.stderr.splitlines()
     assert missing == f"doctor: error: {socket.gethostname()}: has no model; check the flag"

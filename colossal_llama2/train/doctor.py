@@ -16,7 +16,6 @@ sizes. It takes about a second on healthy hosts, up to 5 s for a host that does 
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 import time
@@ -42,10 +41,10 @@ from colossal_llama2.plurals import counted
 from colossal_llama2.terminal_text import show_line
 from colossal_llama2.train.before_launch import PARSERS
 from colossal_llama2.train.run_folder.file_names import LOCK_NAME
+from colossal_llama2.train.run_folder.lock_record import read_record
 
 # Configurations, tokenizers and manifests are smaller, weights and samples larger.
 HASHED_BYTES = 8 << 20
-LOCK_BYTES = 4096
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -113,13 +112,17 @@ def _without_name(given: str) -> str:
 
 
 def lock_owner(save_dir: Path) -> dict | None:
-    """Host, process and time of a lock in --save_dir; None if there is none that can be read."""
+    """Who holds, or held, the lock of --save_dir; None if there is none that can be read."""
     try:
         with open(save_dir / LOCK_NAME, "rb") as file:
-            content = json.loads(file.read(LOCK_BYTES))
-        return {"host": str(content["host"]), "pid": int(content["pid"]), "since": str(content["since"])}
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            record = read_record(file.fileno())
+    except OSError:
         return None
+    return (
+        None
+        if record is None
+        else {"host": record.host, "pid": record.pid, "since": record.since, "ending": record.ending}
+    )
 
 
 def examine(hosts: Sequence[Host], question: Question, per_host: int | None) -> tuple[list[Reply], list[Finding]]:

@@ -1,4 +1,4 @@
-"""What is wrong with the environment for `colossalai run`, which writes it into a command line for each host's shell."""
+"""What is wrong with the environment for `colossalai run`, which writes it into command lines for the hosts' shells."""
 
 from collections.abc import Iterator, Mapping
 
@@ -15,14 +15,14 @@ def findings(variables: Mapping[str, str]) -> Iterator[Finding]:
     if passed.unquotable:
         yield Finding(
             "error",
-            f"{', '.join(passed.unquotable)}: a shell would change the value, so colossalai run cannot pass it on; leave "
-            'out quotes, "$", "\\", "!" and line breaks, unset it, or launch with LAUNCHER=torchrun',
+            f"{', '.join(passed.unquotable)}: a shell would change the value, so colossalai run cannot pass it on; "
+            'leave out quotes, "$", "\\", "!" and line breaks, unset it, or launch with LAUNCHER=torchrun',
         )
     if passed.secret:
         yield Finding(
             "warning",
-            f"{', '.join(passed.secret)}: colossalai run by hand shows it in the process list of each host; start it by "
-            "train.sh, which does not pass it",
+            f"{', '.join(passed.secret)}: colossalai run by hand shows it in the process list of each host; start it "
+            "by train.sh, which does not pass it",
         )
     fatal = [name for name in sorted(variables) if name in READ_ONLY or not environment.NAME.fullmatch(name)]
     if fatal:
