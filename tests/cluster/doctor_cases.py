@@ -165,7 +165,10 @@ CASES = (
         "node2: has torch 2.4.0, but node1, 10.201.0.3 2.",
     ),
     Case(
-        "Debian's own name", lambda p: p.hosts_file(2, own="127.0.1.1"), "node2: its own name node2 has the address 127"
+        "Debian's own name",
+        lambda p: p.hosts_file(2, own="127.0.1.1"),
+        "node2: its own name node2 has the address 127.0.1.1; training looks for another itself",
+        "warning",
     ),
     Case("one name twice", lambda p: p.shell(3, "hostname node2"), "10.201.0.3: its own name is node2, as on node2"),
     Case(
@@ -192,9 +195,7 @@ CASES = (
         "other model", lambda p: p.other(p.folder / "model" / "config.json", "{}"), "node2: model differs .*config.json"
     ),
     Case("no data", lambda p: p.cluster.hide(2, p.folder / "arrow"), "node2: has no arrow/part-00000; copy it"),
-    Case(
-        "locked by a run", lambda p: lock_folder(p, 1), "--save_dir runs/first: process 1 on node2 .* is writing to it"
-    ),
+    Case("locked by a run", hold_folder, "--save_dir runs/first: process .* on node2 since noon is writing to it"),
     Case("lock of a dead run, its process number in use", lambda p: lock_folder(p, 1), ".*which has died", "warning"),
     Case("lock of a dead run", lambda p: lock_folder(p, 99999), "--save_dir runs/first: .lock was left by", "warning"),
     Case(
