@@ -77,7 +77,7 @@ class Watch:
                 self._report(line)
             pumps = [self._pump(*streams) for process in launch.processes.values() for streams in _streams(process)]
             while not self._is_over():
-                time.sleep(LOOK_SECONDS)
+                self._wait_a_moment()
             # Not waited for without limit: a process on another host may hold them open.
             for pump in pumps:
                 pump.join(timeout=2)
@@ -91,6 +91,12 @@ class Watch:
             return code
         finally:
             launch.close()
+
+    def _wait_a_moment(self) -> None:
+        running = next((process for process in self._launch.processes.values() if process.poll() is None), None)
+        if running is not None:
+            with suppress(subprocess.TimeoutExpired):
+                running.wait(timeout=LOOK_SECONDS)
 
     def _is_over(self) -> bool:
         """Whether the launcher has ended, or has to be ended."""
@@ -124,7 +130,7 @@ class Watch:
         root = self._launch.output.root_cause()
         if root is not None:
             stopped = root.exit_code in (128 + signal.SIGTERM, 128 + signal.SIGINT) and self._passed_on is not None
-            return root.exit_code, None if stopped else f"{root.host}: {self._reason_of(root)}"
+            return root.exit_code, None if stopped else self._reason_of(root)
         if self._passed_on is not None and self._passed_on != signal.SIGUSR1 and not self._seen_ranks:
             return 128 + self._passed_on, "ended before the ranks had started"
         failed = {host: code for host, code in ended.items() if code}
@@ -144,9 +150,13 @@ class Watch:
     def _reason_of(self, root: RankFailure) -> str:
         """Why a rank has failed: as it has reported it itself, or else as its partners or libraries have."""
         output = self._launch.output
-        found = root.message or next(iter([*output.errors, *output.hints]), None)
-        ending = f"rank {root.rank} ended with exit code {root.exit_code}"
-        return found if found and root.message else f"{ending}{f' ({found})' if found else ''}"
+        if root.message:
+            return f"{root.host}: {root.message}"
+        # A rank that ends with 1 in silence has ended because of another one, which a line of a rank names.
+        if root.code == 1 and output.errors:
+            return output.errors[0]
+        hint = f" ({output.hints[0]})" if output.hints else ""
+        return f"{root.host}: rank {root.rank} ended with exit code {root.exit_code}{hint}"
 
     @staticmethod
     def _code_of(code: int) -> int:
