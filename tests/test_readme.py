@@ -22,8 +22,8 @@ PAGES = [
     *(
         f"docs/{name}.md"
         for name in (
-            "install vocabulary data training parallelism checkpoints recipe inference first_gpu_run troubleshooting "
-            "flags equality training_step benchmarks differences architecture"
+            "install vocabulary data training parallelism checkpoints cluster recipe inference first_gpu_run "
+            "troubleshooting flags equality training_step benchmarks differences architecture"
         ).split()
     ),
     "CONTRIBUTING.md",
@@ -230,6 +230,7 @@ def scaled_down(command: str) -> str:
     if script_of(command) in ("train.py", "train_sft.py") and "--dry_run" not in command:
         command += " --max_steps 2"
     command = command.replace("--nproc_per_node 8", f"--nproc_per_node 2 --master_port {free_port()}")
+    command = command.replace("--master_port 30013", f"--master_port {free_port()}")
     return command.replace("--num_ranks 64", "--num_ranks 2").replace("--max_new_tokens 512", "--max_new_tokens 8")
 
 
