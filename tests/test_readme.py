@@ -230,6 +230,7 @@ def scaled_down(command: str) -> str:
     if script_of(command) in ("train.py", "train_sft.py") and "--dry_run" not in command:
         command += " --max_steps 2"
     command = command.replace("--nproc_per_node 8", f"--nproc_per_node 2 --master_port {free_port()}")
+    command = command.replace("--master_port 30013", f"--master_port {free_port()}")
     return command.replace("--num_ranks 64", "--num_ranks 2").replace("--max_new_tokens 512", "--max_new_tokens 8")
 
 

@@ -16,7 +16,6 @@ sizes. It takes about a second on healthy hosts, up to 5 s for a host that does 
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 import time
@@ -24,15 +23,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from colossal_llama2 import errors, tables
+from colossal_llama2.cli import cluster_flags
 from colossal_llama2.cluster.doctor import survey, variables
 from colossal_llama2.cluster.doctor.finding import GIB, Finding
 from colossal_llama2.cluster.doctor.findings import all_findings
 from colossal_llama2.cluster.doctor.survey import Probe, Question, Reply
 from colossal_llama2.cluster.hostfile import (
-    MAX_PORT,
     Host,
     HostfileError,
     check_slots,
+    is_loopback,
     is_this_host,
     launcher_lines,
     read_and_resolve,
@@ -41,26 +41,23 @@ from colossal_llama2.plurals import counted
 from colossal_llama2.terminal_text import show_line
 from colossal_llama2.train.before_launch import PARSERS
 from colossal_llama2.train.run_folder.file_names import LOCK_NAME
+from colossal_llama2.train.run_folder.lock_record import read_record
 
-# The default of torchrun and of colossalai run.
-DEFAULT_PORT = 29500
 # Configurations, tokenizers and manifests are smaller, weights and samples larger.
 HASHED_BYTES = 8 << 20
-LOCK_BYTES = 4096
-LAUNCHERS = ("colossalai", "torchrun")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags, ask the hosts, and report."""
-    args = doctor_parser().parse_args(argv)
+    args, given = parse(sys.argv[1:] if argv is None else argv)
     started = time.monotonic()
     with errors.one_line_errors("doctor"):
-        question = question_of(args)
+        question = question_of(args, given)
         hosts = read_hosts(args)
         replies, found = examine(hosts, question, args.nproc_per_node)
-        if args.quick:
-            # train.sh withholds what must not be seen, and reports it.
-            found = [finding for finding in found if not variables.concerns_launch_by_hand(finding)]
+        # train.sh reports itself which variables it withholds.
+        if len(hosts) > 1 and args.launcher == "colossalai" and not args.quick:
+            found += variables.findings(os.environ)
         if not args.quick:
             tables.print_table(table_rows(replies, found), align="l")
             sys.stdout.flush()
@@ -68,42 +65,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         report(found, counted(max(len(hosts), 1), "host"), time.monotonic() - started)
 
 
-def doctor_parser() -> argparse.ArgumentParser:
-    """The doctor's own flags, and the script with its flags."""
-    parser = argparse.ArgumentParser(
-        prog="doctor",
-        description=__doc__.splitlines()[0],
-        usage="python -m colossal_llama2.train.doctor [flags] [train.py or train_sft.py and its flags]",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--hostfile", metavar="FILE", help="the hosts, as for colossalai run (default: this host alone)"
-    )
-    parser.add_argument("--nproc_per_node", type=_positive, metavar="N", help="processes per host, one per GPU")
-    parser.add_argument("--master_port", type=_port, metavar="PORT", default=DEFAULT_PORT, help="as for colossalai run")
-    parser.add_argument(
-        "--launcher", choices=LAUNCHERS, default=LAUNCHERS[0], help="what starts the processes; torchrun: over ssh"
-    )
-    parser.add_argument("--quick", action="store_true", help="no table, and no contents of model and data are read")
-    parser.add_argument("--dist", action="store_true", help="also let the hosts exchange data over gloo and NCCL")
-    parser.add_argument(
-        "--dist_seconds", type=_positive, metavar="SECONDS", default=20, help="limit of --dist, with its imports"
-    )
-    parser.add_argument("script", nargs="?", choices=PARSERS, help="what is going to be launched; its flags follow")
-    parser.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} given, a whole number from 1 on allowed")
-    return int(text)
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= MAX_PORT:
-        raise argparse.ArgumentTypeError(f"{text!r} given, a port from 1 to {MAX_PORT} allowed")
-    return int(text)
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, argparse.Namespace | None]:
+    """The doctor's own flags, and those of the script whose name follows them, if there is one."""
+    place = next((number for number, word in enumerate(argv) if word in PARSERS), len(argv))
+    args = cluster_flags.doctor_parser().parse_args(argv[: place + 1])
+    return args, PARSERS[args.script]().parse_args(argv[place + 1 :]) if args.script else None
 
 
 def read_hosts(args: argparse.Namespace) -> list[Host]:
@@ -123,15 +89,14 @@ def read_hosts(args: argparse.Namespace) -> list[Host]:
     return [] if len(hosts) == 1 and is_this_host(hosts[0].name) else hosts
 
 
-def question_of(args: argparse.Namespace) -> Question:
-    """What the hosts are asked, by the flags of the doctor and of the script."""
+def question_of(args: argparse.Namespace, given: argparse.Namespace | None) -> Question:
+    """What the hosts are asked, by the flags of the doctor and those given to the script."""
     question = survey.here("colossalai" if args.launcher == "colossalai" else "ssh")
     question = dataclasses.replace(
         question, port=args.master_port, hash_bytes=0 if args.quick else HASHED_BYTES, scripts=list(PARSERS)
     )
-    if args.script is None:
+    if given is None:
         return question
-    given = PARSERS[args.script]().parse_args(args.words)
     paths = [given.pretrained, *map(_without_name, given.dataset), *map(_without_name, given.eval_dataset or ())]
     paths += [given.load_checkpoint] if given.load_checkpoint else []
     save_dir = Path(given.save_dir)
@@ -147,13 +112,17 @@ def _without_name(given: str) -> str:
 
 
 def lock_owner(save_dir: Path) -> dict | None:
-    """Host, process and time of a lock in --save_dir; None if there is none that can be read."""
+    """Who holds, or held, the lock of --save_dir; None if there is none that can be read."""
     try:
         with open(save_dir / LOCK_NAME, "rb") as file:
-            content = json.loads(file.read(LOCK_BYTES))
-        return {"host": str(content["host"]), "pid": int(content["pid"]), "since": str(content["since"])}
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            record = read_record(file.fileno())
+    except OSError:
         return None
+    return (
+        None
+        if record is None
+        else {"host": record.host, "pid": record.pid, "since": record.since, "ending": record.ending}
+    )
 
 
 def examine(hosts: Sequence[Host], question: Question, per_host: int | None) -> tuple[list[Reply], list[Finding]]:
@@ -169,8 +138,6 @@ def examine(hosts: Sequence[Host], question: Question, per_host: int | None) -> 
         with survey.probe_file(question.save_dir) as probe:
             replies = ask(probe)
     found = all_findings(replies, question, probe, os.environ, per_host)
-    if len(hosts) > 1 and question.launcher == "colossalai":
-        found += variables.findings(os.environ)
     return replies, found
 
 
@@ -212,11 +179,17 @@ def table_rows(replies: Sequence[Reply], found: Sequence[Finding]) -> list[list[
                 versions.get("torch") or "",
                 versions.get("colossalai") or "",
                 _gpus_cell(report.get("gpus", {}).get("list")),
-                (network.get("route") or ["", ""])[1] or "",
+                _interface(network),
                 f"{free / GIB:,.0f} GiB" if free is not None else "",
             ]
         )
     return _without_empty_columns(rows)
+
+
+def _interface(network: dict) -> str:
+    """The interface that leads to the first host; "" for a host alone."""
+    address, name = network.get("route") or ("", None)
+    return "" if is_loopback(address) or name is None else name
 
 
 def _gpus_cell(gpus: list | None) -> str:

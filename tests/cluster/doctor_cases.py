@@ -63,7 +63,8 @@ class Place:
 
     def background(self, host: int, program: str) -> None:
         """Start a Python program on a host, and wait until it has printed a line."""
-        process = self.cluster.popen(host, [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+        words = [sys.executable, "-c", program]
+        process = self.cluster.popen(host, words, cwd=self.folder, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None and process.stdout.readline()
 
 
@@ -98,6 +99,23 @@ def lock_folder(place: Place, pid: int) -> None:
     (place.folder / "runs" / "first").mkdir(parents=True)
     text = f'{{"host": "node2", "pid": {pid}, "since": "2026-01-01 00:00:00"}}'
     (place.folder / "runs" / "first" / ".lock").write_text(text)
+
+
+HOLDER = """
+import fcntl, json, os, time
+lock = open("runs/first/.lock", "w")
+fcntl.flock(lock, fcntl.LOCK_EX)
+json.dump({"host": "node2", "pid": os.getpid(), "since": "noon"}, lock)
+lock.flush()
+print("up", flush=True)
+time.sleep(60)
+"""
+
+
+def hold_folder(place: Place) -> None:
+    """A process on host 2 holds the lock of runs/first."""
+    (place.folder / "runs" / "first").mkdir(parents=True)
+    place.background(2, HOLDER)
 
 
 def write_hostfile(place: Place, text: str) -> None:
@@ -147,7 +165,10 @@ CASES = (
         "node2: has torch 2.4.0, but node1, 10.201.0.3 2.",
     ),
     Case(
-        "Debian's own name", lambda p: p.hosts_file(2, own="127.0.1.1"), "node2: its own name node2 has the address 127"
+        "Debian's own name",
+        lambda p: p.hosts_file(2, own="127.0.1.1"),
+        "node2: its own name node2 has the address 127.0.1.1; training looks for another itself",
+        "warning",
     ),
     Case("one name twice", lambda p: p.shell(3, "hostname node2"), "10.201.0.3: its own name is node2, as on node2"),
     Case(
@@ -174,9 +195,8 @@ CASES = (
         "other model", lambda p: p.other(p.folder / "model" / "config.json", "{}"), "node2: model differs .*config.json"
     ),
     Case("no data", lambda p: p.cluster.hide(2, p.folder / "arrow"), "node2: has no arrow/part-00000; copy it"),
-    Case(
-        "locked by a run", lambda p: lock_folder(p, 1), "--save_dir runs/first: process 1 on node2 .* is writing to it"
-    ),
+    Case("locked by a run", hold_folder, "--save_dir runs/first: process .* on node2 since noon is writing to it"),
+    Case("lock of a dead run, its process number in use", lambda p: lock_folder(p, 1), ".*which has died", "warning"),
     Case("lock of a dead run", lambda p: lock_folder(p, 99999), "--save_dir runs/first: .lock was left by", "warning"),
     Case(
         "no such interface",
@@ -193,9 +213,11 @@ CASES = (
     ),
     Case("unknown host", lambda p: write_hostfile(p, "node1\nnode9\n"), "hostfile:2: this host cannot find node9"),
     Case(
-        "variable with a quote", lambda p: p.variables.update(NCCL_DEBUG_FILE='a"b'), "NCCL_DEBUG_FILE: its value has"
+        "variable with a quote",
+        lambda p: p.variables.update(NCCL_DEBUG_FILE='a"b'),
+        "NCCL_DEBUG_FILE: a shell would",
     ),
-    Case("secret", lambda p: p.variables.update(HF_TOKEN="abc"), "colossalai run by hand writes HF_TOKEN", "warning"),
+    Case("secret", lambda p: p.variables.update(HF_TOKEN="abc"), "HF_TOKEN: colossalai run by hand", "warning"),
     Case("dist", lambda p: p.flags.extend(["--dist", "--dist_seconds", "60"]), ""),
     Case(
         "dist, ports blocked",

@@ -1,7 +1,9 @@
 """Start one process per rank on the hosts, and report what each measured or where it stopped."""
 
 import json
+import os
 import shlex
+import signal
 import socket
 import statistics
 import subprocess
@@ -93,14 +95,17 @@ def exchange(
         rows = [] if faults else _rows(ranks)
     finally:
         for process in processes:
-            process.kill()
+            # On this host, all ranks; on others, the kernel ends them at the limit.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     return rows, faults or _slow_links(ranks)
 
 
 def _start(host: Host | None) -> subprocess.Popen:
     words = ["sh", "-s"] if host is None else ["ssh", *SSH_OPTIONS, "--", host.destination, SHELL]
-    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
 
 
 def _script(

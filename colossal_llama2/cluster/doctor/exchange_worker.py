@@ -81,6 +81,8 @@ def _exchange(rank: int, world_size: int, end: float) -> None:
             os.environ["MASTER_ADDR"], port, world_size, rank == 0, timeout=timeout, wait_for_workers=False
         )
         _note(rank, "met")
+        # PyTorch 2.5 fails with a plain TCPStore between hosts: "failed to format addr, unknown family=0".
+        store = dist.PrefixStore("exchange", store)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
         _note(rank, "joined")
         dist.barrier()

@@ -77,13 +77,17 @@ def _locks(parts: Mapping[str, dict], question: Question) -> Iterator[Finding]:
     who = f"process {owner['pid']} on {owner['host']} since {owner['since']}"
     states = [part["owner_alive"] for part in parts.values() if part and part["owner_alive"] is not None]
     place = f"--save_dir {question.save_dir}"
-    if True in states:
+    if True in states and owner["ending"]:
+        yield warning(place, f"{who} is saving before it ends; the next run waits for it")
+    elif True in states:
         yield error(place, f"{who} is writing to it; wait until that run has ended, or stop it, or give another folder")
     elif False in states:
-        yield warning(place, f".lock was left by {who}, which has died; the next run replaces it, or remove it by hand")
+        yield warning(place, f".lock was left by {who}, which has died; the next run replaces it")
     else:
         yield warning(
-            place, f".lock is of {who}, none of these hosts; if that run is dead, remove {question.save_dir}/.lock"
+            place,
+            f".lock is of {who}, none of these hosts; if that run is dead, remove {question.save_dir}/.lock, so that "
+            "the next one need not watch it for a sign of life",
         )
 
 

@@ -36,7 +36,7 @@ def all_findings(
         lambda: _same_names(able),
         lambda: _shells(able, question),
         lambda: _clocks(able),
-        lambda: software_findings(able, question),
+        lambda: software_findings(able, per_host),
         lambda: gpus_findings(able, per_host),
         lambda: paths_findings(able, question),
         lambda: save_folder_findings(able, question, probe),

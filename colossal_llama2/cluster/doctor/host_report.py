@@ -218,7 +218,7 @@ def save_folder(request: dict) -> dict | None:
         "write_problem": _write_problem(folder) if is_there else None,
         "flock": _flock(probe) if probe.is_file() else None,
         "free": shutil.disk_usage(folder).free if is_there else None,
-        "owner_alive": _is_alive(asked["owner"]) if asked["owner"] else None,
+        "owner_alive": _is_alive(asked["owner"], Path(asked["lock"])) if asked["owner"] else None,
     }
 
 
@@ -234,11 +234,11 @@ def _write_problem(folder: Path) -> str | None:
     return None
 
 
-def _flock(probe: Path) -> str:
-    """ "held" if the lock that the asking host holds on the probe is seen here, "free" if not, or the error."""
-    with open(probe, "rb") as file:
+def _flock(path: Path, kind: int = fcntl.LOCK_EX) -> str:
+    """The word held if the lock of another process on the file is seen here, free if not, or the error."""
+    with open(path, "rb") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             return "held"
         except OSError as error:
@@ -246,17 +246,18 @@ def _flock(probe: Path) -> str:
     return "free"
 
 
-def _is_alive(owner: dict) -> bool | None:
-    """Whether a lock's process runs here; None if the lock is of another host."""
+def _is_alive(owner: dict, lock: Path) -> bool | None:
+    """Whether a lock's process runs here and still has the lock; None if the lock is of another host."""
     if owner["host"] != socket.gethostname():
         return None
     try:
         os.kill(owner["pid"], 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
+    except PermissionError:
+        pass
+    # Another process may have got its number since.
+    return not (lock.is_file() and _flock(lock, fcntl.LOCK_SH) == "free")
 
 
 def network(request: dict) -> dict:

@@ -17,11 +17,10 @@ def route_findings(able: Sequence[Reply], replies: Sequence[Reply], variables: M
         name, own, network = reply.host.name, part_of(reply, "host"), part_of(reply, "network")
         loopback = [address for address in own.get("addresses", ()) if is_loopback(address)]
         if loopback and not named:
-            route = network.get("route")
-            yield error(
+            yield warning(
                 name,
-                f"its own name {own['name']} has the address {loopback[0]}, which gloo would use; write its network "
-                f"address before that name in /etc/hosts, or set GLOO_SOCKET_IFNAME={route[1] if route else 'eth0'}",
+                f"its own name {own['name']} has the address {loopback[0]}; training looks for another itself, but "
+                "other programs do not: write its network address before that name in /etc/hosts",
             )
         if own.get("name_problem") and not named:
             yield warning(

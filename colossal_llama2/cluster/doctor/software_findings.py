@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from colossal_llama2.cluster.doctor.finding import Finding, error, most_common, part_of, some, warning
-from colossal_llama2.cluster.doctor.survey import Question, Reply
+from colossal_llama2.cluster.doctor.survey import Reply
 from colossal_llama2.plurals import counted
 
 # NCCL's buffers for the processes of a host. Containers have 64 MiB by default.
@@ -11,7 +11,7 @@ LEAST_SHARED_MEMORY = 1 << 30
 GPU_IN_USE_MIB = 1024
 
 
-def software_findings(able: Sequence[Reply], question: Question) -> Iterator[Finding]:
+def software_findings(able: Sequence[Reply], per_host: int | None) -> Iterator[Finding]:
     """Versions and files of the package that differ, and commands that are missing."""
     parts = {reply.host.name: part_of(reply, "software") for reply in able}
     parts = {name: part for name, part in parts.items() if part}
@@ -19,7 +19,9 @@ def software_findings(able: Sequence[Reply], question: Question) -> Iterator[Fin
     for package in next(iter(parts.values()), {}).get("versions", ()):
         yield from _different({name: part["versions"].get(package) for name, part in parts.items()}, package)
     for name, part in parts.items():
-        if part["torchrun"] is None and part["versions"].get("torch") is not None:
+        # A process that is started alone, such as by `python train.py`, needs none.
+        needs_torchrun = per_host is not None or len(able) > 1
+        if needs_torchrun and part["torchrun"] is None and part["versions"].get("torch") is not None:
             yield error(
                 name, "torchrun is not on PATH; activate the environment before the launch (source .venv/bin/activate)"
             )

@@ -29,6 +29,8 @@ PORT_SECONDS = 5.0
 SECONDS_PER_HOST = 0.1
 # Beyond the report: connecting, and Python's start on a busy host.
 LOGIN_SECONDS = 10.0
+# In --save_dir, see train/run_folder.
+LOCK_NAME = ".lock"
 HELLO = "colossal_llama2.hello"
 PASSED = ("PYTHONPATH", "PYTHONSAFEPATH")
 END = "END_OF_THE_PROGRAM"
@@ -45,7 +47,7 @@ class Question:
         paths: files and folders that have to be the same everywhere, relative to `folder` or absolute.
         hash_bytes: files up to this size are compared by their contents, larger ones by size.
         save_dir: the folder of the checkpoints.
-        lock_owner: who has locked it, as `{"host": ..., "pid": ...}`.
+        lock_owner: who has locked it: `host`, `pid`, `since`, `ending`.
         port: MASTER_PORT.
         launcher: "colossalai" or "ssh": by what processes are going to be started there.
     """
@@ -174,7 +176,13 @@ def _take_report(reply: Reply, answer: Answer) -> None:
 def _request(question: Question, probe: Probe | None, hosts: Sequence[Host], number: int, token: str) -> dict:
     save, patience = None, SECONDS_PER_HOST * len(hosts)
     if probe is not None and probe.path is not None:
-        save = {"folder": str(probe.folder), "probe": str(probe.path), "owner": question.lock_owner}
+        lock = Path(question.folder, question.save_dir or "", LOCK_NAME)
+        save = {
+            "folder": str(probe.folder),
+            "probe": str(probe.path),
+            "lock": str(lock),
+            "owner": question.lock_owner,
+        }
     port = None
     if question.port is not None:
         callers = len(hosts) - 1 if number == 0 else None

@@ -125,6 +125,7 @@ class CheckpointWriter:
         """Raise RunError, on all ranks, unless there is room for a checkpoint. Creates --save_dir if needed."""
         with self._engine.first_rank_only() as first:
             if first:
+                self._folder.check_held()
                 self._folder.check_room(self._expected_bytes, files=self._expected_files)
 
     def write(self, state: TrainState) -> Written:
@@ -234,6 +235,7 @@ class CheckpointWriter:
             if first:
                 saved_at = checkpoint_files.later_than_all(final.parent, time.time())
                 checkpoint_files.write_manifest(partial, entries, saved_at=saved_at)
+                self._folder.check_held()
                 checkpoint_files.publish_checkpoint(partial, final)
         self._expected_bytes, self._expected_files = sum(sizes.values()), len(sizes) + OTHER_FILES
 
