@@ -9,7 +9,8 @@
 #   PASS_ENVIRONMENT   names of variables that colossalai passes to the hosts besides those it passes anyway
 #   RUN_NAME           name of the run below PARENT_SAVE_DIR, PARENT_TENSORBOARD_DIR and PARENT_CONFIG_FILE. Without
 #                      it, a new command gets PROJECT_NAME and the time, and the same command again the same name.
-#   RESUME             auto: continue the run, if it has saved anything. The default for a run that was started before.
+#   RESUME             auto: continue the run, if it has saved anything. The default for a run that was started before,
+#                      and with MAX_RESTARTS.
 #                      never: without RUN_NAME, start another run; with it, train.py refuses a run that has saved.
 
 # stop MESSAGE: end with one line and exit code 2.
@@ -90,7 +91,7 @@ name_run() {
     if [[ -z ${RUN_NAME:-} ]]; then
         if [[ -f $names_file && ${RESUME:-auto} != never ]]; then
             RUN_NAME=$(sed -n "s/^$1 //p" "$names_file" | tail -n 1)
-            named=${RUN_NAME:+", which $names_file has for this command"}
+            named=${RUN_NAME:+", which $names_file has for this command; RESUME=never starts another"}
         fi
         RUN_NAME="${RUN_NAME:-$PROJECT_NAME-$(date +%Y-%m-%d-%H-%M-%S)}"
     fi
@@ -101,14 +102,15 @@ name_run() {
         auto) run_words=(--resume auto) ;;
         never) ;;
         "")
-            if [[ -n $started ]]; then
+            # Ranks that torchrun starts again continue too.
+            if [[ -n $started || ${MAX_RESTARTS:-0} != 0 ]]; then
                 run_words=(--resume auto)
             fi
             ;;
         *) stop "RESUME is $RESUME; give auto or never" ;;
     esac
     if [[ -n $started && ${#run_words[@]} -gt 0 ]]; then
-        echo "${0##*/}: continuing the run $RUN_NAME$named; RESUME=never starts another" >&2
+        echo "${0##*/}: continuing the run $RUN_NAME$named" >&2
     fi
 }
 

@@ -156,7 +156,7 @@ def test_a_run_keeps_the_name_that_it_is_given(name, workplace):
     first = launched(workplace / f"{name}.sh", RUN_NAME="last one")[1]
     assert Path(first.save_dir).name == Path(first.tensorboard_dir).name == Path(first.config_file).stem == "last one"
     (workplace / first.save_dir).mkdir()
-    message = rf"{name}\.sh: continuing the run last one; RESUME=never starts another\n"
+    message = rf"{name}\.sh: continuing the run last one\n"
     # With other flags too: a name is a run.
     again = launched(workplace / f"{name}.sh", "--lr", "3e-3", RUN_NAME="last one", messages=message)[1]
     assert (again.save_dir, again.resume) == (first.save_dir, "auto")

@@ -39,7 +39,7 @@ FOREIGN_FLAGS = set(
     "--help --nproc_per_node --hostfile --host --master_port --master_addr --nnodes --node_rank --long --array --wrap "
     "--no-deps --no-build-isolation --output --only --unrepaired --mutants --precision --kept_memory --download_dir "
     "--learning_rate --local-dir --exclude --small --smallest --minutes --python --transformers --without "
-    "--target".split()
+    "--target --gpus-per-node --gpus-per-task --signal --dist".split()
 )
 
 
@@ -170,7 +170,7 @@ def workplace(tmp_path_factory):
     """A folder as a reader has it: the repository's scripts, a source model, text, a hostfile."""
     folder = tmp_path_factory.mktemp("reader")
     scripts = [name for name in SCRIPTS if name.endswith(".py")]
-    for name in [*scripts, "colossal_llama2", "train.example.sh"]:
+    for name in [*scripts, "colossal_llama2", "train.example.sh", "launch.sh"]:
         os.symlink(ROOT / name, folder / name)
     tiny.make_model(folder / "llama-2-7b", tiny.make_tokenizer(folder / "tokenizer"))
     pieces = ["你好", "人工智能", "明月", "天气"]

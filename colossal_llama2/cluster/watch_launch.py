@@ -171,6 +171,8 @@ class Watch:
             return f"{where}no ssh connection: {failure.reason} (ssh -o BatchMode=yes {host} true must work)"
         if isinstance(self._launch, launchers.TorchrunLaunch) and code == launchers.SSH_FAILED:
             return f"{where}no ssh connection, or it was lost (ssh -o BatchMode=yes {host} true must work)"
+        if output.errors:
+            return f"{where}{output.errors[0]}"
         if output.hints:
             return f"{where}{output.hints[0]}"
         return f"{where}ended with exit code {code}; the reason is above"

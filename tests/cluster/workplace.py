@@ -11,12 +11,17 @@ from tests import tiny
 from tests.conftest import ROOT
 
 # The shell scripts are copied and renamed, as their comments say; the rest is the repository's own.
-COPIES = {"train.example.sh": "train.sh", "train_sft.example.sh": "train_sft.sh", "launch.sh": "launch.sh"}
+COPIES = {
+    "train.example.sh": "train.sh",
+    "train_sft.example.sh": "train_sft.sh",
+    "launch.sh": "launch.sh",
+    "train.example.sbatch": "train.sbatch",
+}
 LINKS = ("train.py", "train_sft.py", "colossal_llama2")
-# A run of one minute or so, which ends by itself if nothing ends it.
+# 96 steps on two ranks, which ends by itself if nothing ends it.
 FLAGS = (
     "--plugin zero2 --mixed_precision fp32 --max_length 64 --micro_batch_size 2 --warmup_steps 1 --dist_timeout 30 "
-    "--save_interval 10"
+    "--save_interval 10 --num_epochs 6"
 ).split()
 
 
@@ -32,6 +37,7 @@ def make_workplace(folder: Path) -> Path:
     encoder = load_encoder(tokenizer)
     rows = [[1, *ids[:60], 2] for ids in encoder.encode(tiny.english_documents()[:64])]
     table = {"input_ids": rows, "labels": rows}
+    datasets.disable_progress_bars()
     datasets.Dataset.from_dict(table).save_to_disk(folder / "arrow" / "part-00000")
     return folder
 
