@@ -39,7 +39,7 @@ FOREIGN_FLAGS = set(
     "--help --nproc_per_node --hostfile --host --master_port --master_addr --nnodes --node_rank --long --array --wrap "
     "--no-deps --no-build-isolation --output --only --unrepaired --mutants --precision --kept_memory --download_dir "
     "--learning_rate --local-dir --exclude --small --smallest --minutes --python --transformers --without "
-    "--target --gpus-per-node --gpus-per-task --signal --dist".split()
+    "--target --gpus-per-node --gpus-per-task --signal --rdzv_id --max_restarts".split()
 )
 
 
