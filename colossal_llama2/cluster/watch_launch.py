@@ -61,7 +61,8 @@ class Watch:
         self._signals: list[int] = []
         self._passed_on: int | None = None
         self._finished_line = False
-        self._started = time.monotonic()
+        self._latest_start = time.monotonic() + launch.plan.timeout_seconds + START_SECONDS
+        self._has_not_met = False
         self._first_end: float | None = None
         self._seen_ranks = False
         self._next_sign = 0.0
@@ -116,8 +117,15 @@ class Watch:
         if ended and self._first_end is None:
             self._first_end = now
         if self._first_end is None:
-            return False
+            self._has_not_met = self._waits_for_ranks() and not self._seen_ranks and now > self._latest_start
+            return self._has_not_met
         return now - self._first_end > (WITH_RANKS_SECONDS if ranks else WITHOUT_RANKS_SECONDS)
+
+    def _waits_for_ranks(self) -> bool:
+        """Whether ranks have to appear on this host. Slurm may let a step wait for its resources."""
+        return not isinstance(self._launch, launchers.SlurmLaunch) and any(
+            hostfile.is_this_host(host.name) for host in self._launch.plan.hosts
+        )
 
     def _pass_on(self, number: int) -> bool:
         """Pass a signal on to the ranks. Returns whether there are any."""
@@ -133,6 +141,8 @@ class Watch:
             return root.exit_code, None if stopped else self._reason_of(root)
         if self._passed_on is not None and self._passed_on != signal.SIGUSR1 and not self._seen_ranks:
             return 128 + self._passed_on, "ended before the ranks had started"
+        if self._has_not_met:
+            return 1, self._why_not_met()
         failed = {host: code for host, code in ended.items() if code}
         if failed:
             host, code = next(iter(failed.items()))
@@ -157,6 +167,13 @@ class Watch:
             return output.errors[0]
         hint = f" ({output.hints[0]})" if output.hints else ""
         return f"{root.host}: rank {root.rank} ended with exit code {root.exit_code}{hint}"
+
+    def _why_not_met(self) -> str:
+        plan = self._launch.plan
+        return (
+            f"no rank has started within --dist_timeout {plan.timeout_seconds:g} s; the hosts do not reach each other at "
+            f"{plan.hosts[0].name}:{plan.port} (a firewall, or another address of that name there)"
+        )
 
     @staticmethod
     def _code_of(code: int) -> int:
