@@ -386,13 +386,12 @@ class Table:
 
 
 def chosen(launcher: str | None, word: str) -> list[tuple[str, Scenario]]:
-    """The cells of the table. The first is always the undisturbed run with which others are compared."""
+    """The cells of the table. The first is the undisturbed run, if others are compared with it."""
     cells = [(name, scenario) for scenario in SCENARIOS for name in scenario.launchers]
-    return [
-        cell
-        for number, cell in enumerate(cells)
-        if number == 0 or ((launcher or cell[0]) == cell[0] and word in cell[1].name)
-    ]
+    found = [cell for cell in cells if (launcher or cell[0]) == cell[0] and word in cell[1].name]
+    if cells[0] not in found and any(scenario.same_weights for _, scenario in found):
+        found.insert(0, cells[0])
+    return found
 
 
 def main() -> None:
