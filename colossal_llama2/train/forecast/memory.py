@@ -137,6 +137,11 @@ def loss_memory(shape: ModelShape, plan: Plan) -> int:
     return most
 
 
+def constant_memory(shape: ModelShape, plan: Plan) -> dict[str, int]:
+    """The bytes that the first stage holds from the first update on, by part, on its device and on the host."""
+    return _keeper(stage_shapes(shape, plan.settings)[0], plan).constant()
+
+
 def stage_shapes(shape: ModelShape, settings: EngineSettings) -> list[StageShape]:
     """The parts of a model that the stages of a pipeline hold; a single one without a pipeline.
 

@@ -138,7 +138,7 @@ def suggest(job: Job, *, most_hybrid: int) -> tuple[list[Suggestion], int]:
 
 
 def _options(layout: int, settings: EngineSettings, job: Job) -> Iterator[_Option]:
-    for plan, tokens in _plans(settings, job):
+    for plan, tokens in plans(settings, job):
         yield _Option(layout, plan, step_forecast(job.shape, plan, job.gpu, step_tokens=tokens), tokens)
 
 
@@ -170,7 +170,7 @@ def _fits(peak: int, job: Job) -> bool:
     return needed_gib(peak) <= job.gpu.memory
 
 
-def _plans(settings: EngineSettings, job: Job) -> Iterator[tuple[Plan, int]]:
+def plans(settings: EngineSettings, job: Job) -> Iterator[tuple[Plan, int]]:
     """The layout with each size of its batches, with and without recomputation, and the tokens of a step."""
     data_ranks = job.ranks // settings.model_ranks
     stages = settings.pp_size
