@@ -1,9 +1,11 @@
 """--dry_run --suggest, the forecasts of speed and failures behind it, and the page that is made of them."""
 
+import contextlib
 import json
 import math
 import os
 import re
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -22,7 +24,7 @@ from colossal_llama2.train.forecast.activations import ModelShape
 from colossal_llama2.train.forecast.memory import loss_memory, rank_memory
 from colossal_llama2.train.forecast.suggestion import needed_gib, suggest
 from colossal_llama2.train.settings.from_flags import resolve
-from tests import scaling_page
+from tests import fake_world, fork_server, scaling_page
 from tests.conftest import ROOT
 from tests.scaling_page import LENGTH, job
 
@@ -209,3 +211,25 @@ def test_the_best_interval_loses_the_least():
 def test_the_page_of_scaling_is_up_to_date():
     text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
     assert text == scaling_page.page(), "run python -m tests.scaling_page --output docs/scaling.md"
+
+
+@pytest.mark.slow
+def test_rank_0_of_64_holds_what_is_forecast():
+    """Real plugins on the meta device, with two layers; the command's own comparison decides its exit code."""
+    names = ["zero2", "ddp", "gemini", "3d tp8 zero1", "3d tp2 pp4 sp2"]
+    done = fork_server.run(["-m", "tests.fake_world", "--layers", "4", "--only", *names], timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = dict(re.findall(r"^(\S.*?) {2,}[\d.]+ +[\d.]+ +([\d.]+) ", done.stdout, re.MULTILINE))
+    built = {"zero2", "ddp", "gemini", "3d tp8 zero1", "3d tp2 pp4 sp2 zero1"}
+    assert rows == dict.fromkeys(built, "1.000")
+    # Both are offloaded to a host whose memory is real.
+    for name in ("zero2_cpu: not built: NotImplementedError", "gemini_auto: not built: "):
+        assert f"\n{name}" in done.stdout
+
+
+def test_a_layout_that_holds_something_else_fails(monkeypatch, capsys):
+    monkeypatch.setattr(fake_world, "prepare", lambda: None)
+    monkeypatch.setattr(fake_world, "world", lambda ranks: contextlib.nullcontext())
+    monkeypatch.setattr(fake_world, "held_bytes", lambda settings, planned: Counter(bfloat16=1, float32=1))
+    assert fake_world.main(["--only", "zero2"]) == 1
+    assert "zero2 " in capsys.readouterr().out
