@@ -77,6 +77,7 @@ def _send_nothing(*tensors: Any, async_op: bool = False, **options: Any) -> _Sen
 def prepare() -> None:
     """Import ColossalAI and apply the changes to it, as `engine.process_group.launch` does."""
     warnings.filterwarnings("ignore")
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     # What is left of a plugin that could not be built fails in its destructor.
     sys.unraisablehook = lambda _: None
     from colossal_llama2.engine.patches import placeholders
@@ -215,7 +216,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num_ranks", type=int, default=64, help="as for train.py (default: 64)")
     parser.add_argument("--only", nargs="+", metavar="LAYOUT", help="layouts whose names begin so")
     args = parser.parse_args(argv)
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     planned = job(args.model_size, args.vocab_size, args.num_ranks)
     if args.layers:
         planned = replace(planned, fields={**planned.fields, "num_hidden_layers": args.layers})

@@ -101,6 +101,13 @@ BENCHMARKS = {
         zero2, fp32 # # # #
         """,
     ),
+    "bench_checkpoints": Benchmark(
+        "--smallest",
+        """
+        MB per rank model held loading over held + file held saving over held + file
+        # M, zero2 # # # # # # #
+        """,
+    ),
     "bench_operations": Benchmark(
         "--smallest --places",
         """

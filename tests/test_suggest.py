@@ -216,12 +216,11 @@ def test_the_page_of_scaling_is_up_to_date():
 @pytest.mark.slow
 def test_rank_0_of_64_holds_what_is_forecast():
     """Real plugins on the meta device, with two layers; the command's own comparison decides its exit code."""
-    names = ["zero2", "ddp", "gemini", "3d tp8 zero1", "3d tp2 pp4 sp2"]
-    done = fork_server.run(["-m", "tests.fake_world", "--layers", "4", "--only", *names], timeout=400)
+    names = ["zero2", "ddp", "gemini", "3d tp8 zero1"]
+    done = fork_server.run(["-m", "tests.fake_world", "--layers", "2", "--only", *names], timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = dict(re.findall(r"^(\S.*?) {2,}[\d.]+ +[\d.]+ +([\d.]+) ", done.stdout, re.MULTILINE))
-    built = {"zero2", "ddp", "gemini", "3d tp8 zero1", "3d tp2 pp4 sp2 zero1"}
-    assert rows == dict.fromkeys(built, "1.000")
+    assert rows == dict.fromkeys(names, "1.000")
     # Both are offloaded to a host whose memory is real.
     for name in ("zero2_cpu: not built: NotImplementedError", "gemini_auto: not built: "):
         assert f"\n{name}" in done.stdout

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 OPTIMIZER_INDEX = "pytorch_optim.bin.index.json"
 UTILS = "colossalai.checkpoint_io.utils"
-# The size of a file of weights. PEFT reads an adapter from one file.
+# The size of a file of weights or of optimizer states. PEFT reads an adapter from one file.
 SHARD_MIB, ONE_SHARD = 4096, 2**40
 HYBRID = "colossalai.checkpoint_io.hybrid_parallel_checkpoint_io"
 
