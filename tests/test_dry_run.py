@@ -98,6 +98,8 @@ def test_what_plugins_keep_of_a_7b():
     assert tp["optimizer"] == 2 * tp["master weights"] == 4 * tp["weights"]
     half = found(8, plugin="3d", pp_size=2, zero_stage=0, micro_batch_size=2)
     assert half.device["update"]["weights"] == 2 * (16 * 202_383_360 + 32000 * 4096 + 4096 * (half.peak_moment == ""))
+    # The microbatches of a pipeline add their gradients, as accumulated micro batches do.
+    assert half.device["loss"]["gradients"] == half.device["update"]["weights"]
     offloaded = found(64, plugin="zero2_cpu")
     assert offloaded.host["optimizer"] == 8 * PARAMETERS_7B // 64
     assert "optimizer" not in offloaded.device["update"]

@@ -75,6 +75,13 @@ class Plan:
         """Number of ranks over which ZeRO and Gemini shard: those that hold the same weights."""
         return self.data_ranks * (self.settings.sp_size if self.settings.sp_mode == "all_to_all" else 1)
 
+    @property
+    def passes(self) -> int:
+        """Backward passes of a step, whose gradients are added; a pipeline has one for each microbatch."""
+        settings = self.settings
+        parts = settings.micro_batch_size // settings.microbatch_size if settings.pp_size > 1 else 1
+        return parts * settings.accumulation_steps
+
     def micro_batch(self) -> MicroBatch:
         """The micro batch of a rank."""
         settings = self.settings
@@ -189,8 +196,7 @@ def _other_batches(stage: StageShape, plan: Plan, number: int) -> int:
     """
     if plan.settings.pp_size == 1:
         return 0
-    parts = plan.settings.micro_batch_size // plan.settings.microbatch_size * plan.settings.accumulation_steps
-    flights = min(plan.settings.pp_size - number, parts)
+    flights = min(plan.settings.pp_size - number, plan.passes)
     return (flights - 1) * activations.kept_bytes(stage, plan.micro_batch())
 
 
@@ -253,7 +259,7 @@ class _Keeper:
         self.trained = sum(size for _, size in self.weights)
         self.largest = max((size for _, size in self.weights), default=0)
         # Gradients of earlier micro batches, to which those of the last one are added.
-        self.earlier = self.trained * self.element if plan.settings.accumulation_steps > 1 else 0
+        self.earlier = self.trained * self.element if plan.passes > 1 else 0
         self.gradients = self.earlier
         # DistributedDataParallel copies all gradients into its buckets, since the plugin leaves gradient_as_bucket_view
         # off (booster/plugin/hybrid_parallel_plugin.py:1028), and reduces them there.

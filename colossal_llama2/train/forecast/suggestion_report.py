@@ -82,8 +82,7 @@ def layout_table(suggestions: Sequence[Suggestion], budget: Budget) -> list[str]
 def batch(suggestion: Suggestion) -> str:
     """Samples at a time x passes of a step, and r for recomputation."""
     plan, samples = suggestion.plan, suggestion.plan.micro_batch().samples
-    passes = plan.settings.micro_batch_size * plan.settings.accumulation_steps // samples
-    return f"{samples} x {passes}" + " r" * plan.checkpointing
+    return f"{samples} x {plan.passes}" + " r" * plan.checkpointing
 
 
 def notes() -> list[str]:
