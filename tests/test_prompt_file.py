@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -328,3 +329,8 @@ def test_a_repeated_key_is_refused(tmp_path):
     path.write_text('{"prompt": "a", "note": 1, "note": 2}\n{"prompt": "a", "prompt": "b"}\n')
     with pytest.raises(UserError, match="prompts.jsonl:2: the key 'prompt' is repeated"):
         read_prompts(path)
+
+
+def test_answers_are_not_lost_in_a_closed_stdout(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert "stdout, where answers are printed, is closed" in error_line(lambda: inference_example.main([]), capsys)

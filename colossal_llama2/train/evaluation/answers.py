@@ -4,6 +4,7 @@ Keys and values are not kept, so every plugin computes an answer with the same f
 tokens takes n passes; a few prompts of some hundred tokens take seconds on GPUs.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,16 +15,20 @@ from colossal_llama2.chat.templates import ChatTemplate
 from colossal_llama2.dataset.layout.chat_data import ChatData
 from colossal_llama2.dataset.read.batch import Batch, Collator
 from colossal_llama2.encoding.registry import puts_prefix_after_marks, shared_encoder
+from colossal_llama2.encoding.transformers_tokenizer import load_tokenizer
 from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.errors import UserError
 from colossal_llama2.inference.prompt_file import FilePrompt
-from colossal_llama2.inference.prompts import PROMPT_SUFFIX
+from colossal_llama2.inference.prompts import PROMPT_SUFFIX, text_ids
+from colossal_llama2.inference.streaming import TextStream
 from colossal_llama2.storage.row_errors import RowError
 from colossal_llama2.train.settings.config import TrainConfig
 from colossal_llama2.train.stepping.pipeline import pipeline_tokens
 from colossal_llama2.train.stepping.stopping import NoSignals, agreed_signal
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from colossal_llama2.engine.engine import Engine
 
 
@@ -54,12 +59,13 @@ def load_prompts(config: TrainConfig) -> list[EvalPrompt]:
     prompts = config.evaluation.prompts
     if not prompts:
         return []
-    chat = _chat_tokenizer(config.chat, config.source.tokenizer) if config.stage == "sft" else None
-    try:
-        rows = [_ids_of(prompt, chat, config.source.tokenizer) for prompt in prompts]
-    finally:
-        if chat is not None:
-            chat.close()
+    folder = config.source.tokenizer
+    if config.stage == "sft":
+        with contextlib.closing(_chat_tokenizer(config.chat, folder)) as chat:
+            rows = [_chat_ids(prompt, chat, folder) for prompt in prompts]
+    else:
+        tokenizer = load_tokenizer(folder)
+        rows = [_text_ids(prompt, tokenizer) for prompt in prompts]
     room, longest = config.evaluation.prompt_tokens, config.data.max_length
     for prompt, ids in zip(prompts, rows, strict=True):
         if len(ids) + room > longest:
@@ -77,23 +83,27 @@ def _chat_tokenizer(data: ChatData | None, folder: str) -> ChatTokenizer:
     return ChatTokenizer(template, shared_encoder(folder), folder, prefix_after_marks=puts_prefix_after_marks(folder))
 
 
-def _ids_of(prompt: FilePrompt, chat: ChatTokenizer | None, folder: str) -> list[int]:
-    """The ids of a prompt: of a chat, or of a text that begins a document. Raises UserError if it cannot be used."""
-    encoder = shared_encoder(folder)
+def _chat_ids(prompt: FilePrompt, chat: ChatTokenizer, folder: str) -> list[int]:
+    """The ids of a prompt as a chat. Raises UserError if it cannot be used."""
     messages = prompt.messages or [{"role": "user", "content": prompt.text}]
     for message in messages:
-        problem = encoder.problem_of(message["content"])
+        problem = shared_encoder(folder).problem_of(message["content"])
         if problem:
             raise UserError(f"{prompt.where}: the prompt cannot be used: {problem}; change it")
-    if chat is None and prompt.messages is not None:
-        raise UserError(f"{prompt.where}: a conversation given, but train.py continues texts; give a prompt")
     try:
-        if chat is not None:
-            return chat.prompt(messages)
+        return chat.prompt(messages)
     except RowError as error:
         raise UserError(f"{prompt.where}: {error}; change it")
-    mark = [encoder.bos_id] if encoder.bos_id >= 0 else []
-    return mark + list(encoder.encode([prompt.text + PROMPT_SUFFIX])[0])
+
+
+def _text_ids(prompt: FilePrompt, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The ids of a prompt as inference gives it to a model of train.py. Raises UserError if it cannot be used."""
+    if prompt.messages is not None:
+        raise UserError(f"{prompt.where}: is a conversation, but train.py continues texts; give a prompt")
+    try:
+        return text_ids(tokenizer, prompt.text + PROMPT_SUFFIX)
+    except UserError as error:
+        raise UserError(f"{prompt.where}: {error}")
 
 
 class Answerer:
@@ -117,9 +127,9 @@ class Answerer:
                 generation_config.json.
         """
         self._engine, self._prompts, self._collator, self._stop = engine, prompts, collator, stop
-        self._most_tokens, self._encoder = most_tokens, shared_encoder(tokenizer_dir)
+        self._most_tokens, self._tokenizer = most_tokens, load_tokenizer(tokenizer_dir)
         own = engine.unwrapped_model.generation_config.eos_token_id
-        self._ends = {self._encoder.eos_id, *turn_ends, *(own if isinstance(own, list) else [own])}
+        self._ends = {self._tokenizer.eos_token_id, *turn_ends, *(own if isinstance(own, list) else [own])}
 
     def answer(self) -> list[Answer] | None:
         """The answers in the order of the prompts; empty without prompts. None if a signal came to a rank."""
@@ -167,7 +177,8 @@ class Answerer:
         return answers
 
     def _answer(self, prompt: EvalPrompt, ids: Sequence[int]) -> Answer:
-        text = self._encoder.decode(ids, dummy_prefix=False)
+        stream = TextStream(self._tokenizer)
+        text = "".join(map(stream.push, ids)) + stream.end()
         return Answer(prompt.text, text, len(ids), is_cut=len(ids) == self._most_tokens)
 
 

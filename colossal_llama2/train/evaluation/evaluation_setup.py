@@ -51,15 +51,17 @@ def make_evaluator(
     if not sets:
         return SilentEvaluator()
     settings, collator = config.evaluation, make_collator(config, keeps_apart=config.data.document_mask != "off")
-    answerer = Answerer(
-        engine,
-        prompts,
-        collator,
-        most_tokens=settings.prompt_tokens,
-        turn_ends=config.chat.turn_ends if config.chat else (),
-        tokenizer_dir=config.source.tokenizer,
-        stop=stop,
-    )
+    answerer = None
+    if prompts:
+        answerer = Answerer(
+            engine,
+            prompts,
+            collator,
+            most_tokens=settings.prompt_tokens,
+            turn_ends=config.chat.turn_ends if config.chat else (),
+            tokenizer_dir=config.source.tokenizer,
+            stop=stop,
+        )
     return Evaluator(
         engine,
         sets,

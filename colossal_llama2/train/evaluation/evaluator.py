@@ -96,7 +96,7 @@ class Evaluator(SilentEvaluator):
         sets: Sequence[LoadedSet],
         collator: Collator,
         *,
-        answerer: Answerer,
+        answerer: Answerer | None,
         interval: int | None,
         alarm: Alarm,
         reporter: SilentReporter,
@@ -106,7 +106,7 @@ class Evaluator(SilentEvaluator):
     ):
         """
         Args:
-            answerer: answers --eval_prompts when the sets are evaluated.
+            answerer: answers --eval_prompts when the sets are evaluated; None without any.
             interval: in optimizer steps; None evaluates only at the ends of epochs, which is done in any case.
             history: the evaluations so far; each one is added to it.
             eval_pending: evaluate again at the step at which the run begins, since a signal interrupted that.
@@ -164,7 +164,7 @@ class Evaluator(SilentEvaluator):
             figures[name] = figures_of(nats, predicted, eval_set.target_bytes)
             self._log(step, name, figures[name], time.monotonic() - start)
         start = time.monotonic()
-        answers = self._answerer.answer()
+        answers = [] if self._answerer is None else self._answerer.answer()
         if answers is None:
             self._interrupt(step)
             return None
