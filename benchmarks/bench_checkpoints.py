@@ -7,11 +7,13 @@ anonymous memory (RssAnon, read 200 times a second), less what it has after its 
 pages of mapped files, which the system can drop at any time. Of the rank with the most:
 
     held      after loading, and after a step, which makes the optimizer's states
-    loading   the peak from the first read to the split model, over what is held then and one file of weights
-    saving    the peak while weights, optimizer and master weights are written, over what is held then and one file
+    file      the largest file that is read, and that is written
+    loading   the peak from the first read to the split model
+    saving    the peak while weights, optimizer and master weights are written
+    ratio     of the peak to what is held and one file; 1.3 or less is the target
 
-Files that are written have the size of a quarter of the weights. A ratio of 1.3 or less is the target: a rank then
-needs hardly more than its share and one file.
+Files are written with a quarter of the weights' size, but the states of a parameter are never divided: the largest file
+has the moments of the embeddings.
 """
 
 import json
@@ -44,7 +46,7 @@ PLUGINS = {
 }
 SMALLEST_MODEL = (64, 128, 2, 4, 4, 512, False)
 SHARDS, RANKS, MIB = 4, 2, 2**20
-REPORT = "BENCH_CHECKPOINTS"
+REPORT, PHASES = "BENCH_CHECKPOINTS", ("loading", "saving")
 
 
 def main() -> None:
@@ -62,15 +64,14 @@ def main() -> None:
     work_dir = make_folder(parser, args.work_dir)
     try:
         print_note(args)
-        print(
-            f"{'MB per rank':20} model  held  loading  over share + file   held  saving  over share + file", flush=True
-        )
+        columns = "".join(f"   held   file  {phase:>7}  ratio" for phase in PHASES)
+        print(f"{'MB per rank':20} model{columns}", flush=True)
         for name, sizes in models.items():
             for plugin in args.plugins or (["zero2"] if args.smallest else PLUGINS):
                 folder = work_dir / name.replace(" ", "")
                 if not folder.exists():
                     bench_memory.make_model(folder, *sizes, shards=SHARDS)
-                size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+                size = sum(sizes_of_files(folder))
                 print(line(f"{name}, {plugin}", size, run(folder, size, PLUGINS[plugin])), flush=True)
     finally:
         shutil.rmtree(work_dir)
@@ -78,21 +79,28 @@ def main() -> None:
 
 def line(name: str, size: int, found: dict[str, int]) -> str:
     """One row of the table."""
-    cells = []
-    for phase in ("loading", "saving"):
-        held, peak = found[f"held, {phase}"], found[phase]
-        cells.append(f"{held / 1e6:>6,.0f} {peak / 1e6:>8,.0f} {peak / (held + size / SHARDS):>17.2f}")
-    return f"{name:20} {size / 1e6:>5,.0f}{cells[0]} {cells[1]}"
+    cells = ""
+    for phase in PHASES:
+        held, file, peak = found[f"held, {phase}"], found[f"file, {phase}"], found[phase]
+        cells += f" {held / 1e6:>6,.0f} {file / 1e6:>6,.0f} {peak / 1e6:>8,.0f} {peak / (held + file):>6.2f}"
+    return f"{name:20} {size / 1e6:>5,.0f}{cells}"
 
 
 def run(folder: Path, size: int, flags: str) -> dict[str, int]:
-    """Bytes of the rank with the most."""
+    """Bytes of the rank with the most, and of the largest files."""
     words = ["--benchmark", "--pretrained", str(folder), "--max_length", "16", "--num_samples", "24"]
     words += ["--mixed_precision", "bf16", *flags.split()]
-    saved = {"BENCH_SAVE_DIR": str(folder.with_name("saved")), "BENCH_SHARD_MIB": str(max(size // SHARDS // MIB, 1))}
-    found = bench_memory.launch(words, RANKS, {**bench_memory.MALLOC, **saved}, script=__file__, marker=f'{{"{REPORT}"')
-    shutil.rmtree(saved["BENCH_SAVE_DIR"], ignore_errors=True)
+    saved, shard = folder.with_name("saved"), max(size // SHARDS // MIB, 1)
+    environment = {**bench_memory.MALLOC, "BENCH_SAVE_DIR": str(saved), "BENCH_SHARD_MIB": str(shard)}
+    found = bench_memory.launch(words, RANKS, environment, script=__file__, marker=f'{{"{REPORT}"')
+    found["file, loading"], found["file, saving"] = (max(sizes_of_files(place)) for place in (folder, saved))
+    shutil.rmtree(saved)
     return found
+
+
+def sizes_of_files(folder: Path) -> list[int]:
+    """Bytes of the files of weights and states, without master weights, which each rank writes for itself."""
+    return [path.stat().st_size for path in folder.rglob("*.safetensors") if path.parent.name != "masters"]
 
 
 class Sampler(threading.Thread):
@@ -125,19 +133,21 @@ def anonymous_bytes() -> int:
 
 
 def measure(words: list[str]) -> None:
-    """One rank: load, make steps, save, and report."""
+    """One rank: load, make a step, save, and report."""
     bench_memory.import_all(words)
     import train
+    from colossal_llama2 import logs
     from colossal_llama2.engine.patches import checkpoint_io
     from colossal_llama2.train import benchmark
+    from colossal_llama2.train.stepping.step_timer import NoTimer
 
     checkpoint_io.SHARD_MIB = int(os.environ["BENCH_SHARD_MIB"])
-    sampler, run_steps = Sampler(anonymous_bytes()), benchmark.measure
+    sampler = Sampler(anonymous_bytes())
     sampler.start()
 
     def measure_saving(parts, **options):
         found = {REPORT: 0, "loading": sampler.peak, "held, loading": sampler.restart()}
-        run_steps(parts, **options)
+        benchmark._Steps(parts, parts.loader.steps(0, 0), NoTimer()).run_one(logs.SilentProgress())
         found["held, saving"] = sampler.restart()
         save(parts.engine)
         found["saving"] = max(sampler.peak, sampler.now())

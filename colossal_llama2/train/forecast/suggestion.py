@@ -173,12 +173,12 @@ def _fits(peak: int, job: Job) -> bool:
 def plans(settings: EngineSettings, job: Job) -> Iterator[tuple[Plan, int]]:
     """The layout with each size of its batches, with and without recomputation, and the tokens of a step."""
     data_ranks = job.ranks // settings.model_ranks
-    stages = settings.pp_size
-    samples = stages * max(round(job.step_tokens / job.max_length / data_ranks / stages), 1)
+    stages, wanted = settings.pp_size, job.step_tokens / job.max_length / data_ranks
     for size in MICRO_BATCHES:
         at_once = size * stages
-        if samples % at_once:
+        if size > 1 and at_once > wanted:
             continue
+        samples = at_once * max(round(wanted / at_once), 1)
         batches = replace(settings, micro_batch_size=at_once, accumulation_steps=samples // at_once)
         if stages > 1:
             batches = replace(batches, microbatch_size=size)

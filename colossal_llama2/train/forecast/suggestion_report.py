@@ -128,7 +128,7 @@ def _run_lines(job: Job, best: Suggestion, budget: Budget) -> list[str]:
         f"training: {counted(round(budget.tokens / best.step_tokens), 'step')}, {hours:,.1f} hours, "
         f"{budget.cost(hours * job.ranks)}",
         f"checkpoint: {size / 1e9:,.1f} GB, {save:,.0f} s at {budget.storage / 1e9:g} GB/s",
-        f"failures: {risk.per_day:.2g} expected a day; --save_interval {steps} (every "
+        f"failures: {risk.per_day:.2g} a day; --save_interval {steps} (every "
         f"{risk.interval / 3600:,.1f} hours) is best,",
         f"  saves, repeated steps and restarts then take {risk.lost:.1%} of the time",
     ]
