@@ -18,6 +18,7 @@ def ask(job: Job, folder: Path) -> Found:
     generator = ctranslate2.Generator(converted, device="cpu")
     tokenizer = transformers.AutoTokenizer.from_pretrained(job.model)
     ends = json.loads(Path(job.model, "generation_config.json").read_text())["eos_token_id"]
+    ends = ends if isinstance(ends, list) else [ends]
     answers, prompts, scores = [], [], []
     for messages, ids in zip(job.messages(), job.conversations, strict=True):
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)

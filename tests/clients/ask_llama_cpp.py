@@ -2,9 +2,15 @@
 
 The converter recognizes a byte-level tokenizer by the ids that it gives to one text, so it refuses each vocabulary that
 its authors have not seen, such as an extended one. It then gets the name of the rule that divides texts.
+
+With a SentencePiece tokenizer llama.cpp puts a "▁" before the text after each special token. transformers does not if
+tokenizer_config.json has "legacy": false, and then neither does training. `ask_without_prefix` converts the folder with
+"add_prefix_space": false, which the flag --override-kv of llama.cpp's own commands does to a converted file.
 """
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -39,6 +45,11 @@ class Server:
         settings.n_ctx = 512
         settings.n_parallel = 1
         settings.warmup = False
+        # For log-probabilities in float32. By default the cache has fp16, which changes them by a hundredth.
+        settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        # Its threads wait for each other in a loop, and the model is tiny.
+        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
         self._server = xllamacpp.Server(settings)
 
     def post(self, name: str, **body: Any) -> Any:
@@ -51,6 +62,14 @@ class Server:
     def ids(self, text: str, *, is_prompt: bool) -> list[int]:
         """The ids of a rendered prompt, in which special tokens are found, or of a text."""
         return self.post("tokenize", content=text, add_special=True, parse_special=is_prompt)["tokens"]
+
+
+def ask_without_prefix(job: Job, folder: Path) -> Found:
+    """Ask it without the "▁" after special tokens."""
+    changed = shutil.copytree(job.model, folder / "changed")
+    config = json.loads((changed / "tokenizer_config.json").read_text())
+    (changed / "tokenizer_config.json").write_text(json.dumps({**config, "add_prefix_space": False}))
+    return ask(dataclasses.replace(job, model=str(changed)), folder)
 
 
 def ask(job: Job, folder: Path) -> Found:
@@ -86,7 +105,10 @@ def convert(model: str, folder: Path) -> tuple[Path, list[str]]:
 
 
 def _scores(server: Server, ids: list[int], begin: int) -> np.ndarray | None:
-    """The log-probabilities of the vocabulary at each token of an answer and at its end; None for another answer."""
+    """The log-probabilities of the vocabulary at each token of an answer and at its end.
+
+    None for another answer, and for one with characters of several tokens: the server leaves out all but their last.
+    """
     chosen = {"temperature": 0, "n_predict": len(ids) - begin, "cache_prompt": False}
     reply = server.post("completion", prompt=ids[:begin], n_probs=10**6, return_tokens=True, **chosen)
     rows = []

@@ -1,5 +1,6 @@
 """Ask vLLM: its chat, in float32 on a CPU."""
 
+import os
 from importlib.metadata import version
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from tests.clients.exchange import LOG_PROBABILITIES, Found, Job
 
 def ask(job: Job, folder: Path) -> Found:
     """The template, and the tokens that end an answer, are what vLLM finds in the folder."""
+    # In this process, with a small cache.
+    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1")
     from vllm import LLM, SamplingParams
 
     model = LLM(job.model, dtype="float32", max_model_len=512, max_logprobs=-1, enforce_eager=True)

@@ -33,7 +33,7 @@ class Job:
     conversations: list[list[int]]
     prompt_lengths: list[int]
     texts: list[str]
-    longest: int = 64
+    longest: int = 128
 
     def messages(self) -> list[list[dict[str, str]]]:
         """Each question as a conversation."""

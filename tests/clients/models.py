@@ -13,7 +13,7 @@ from tests.byte_level import make_byte_level
 from tests.clients.exchange import Job
 
 QUESTIONS = 20
-SENTENCEPIECE, BYTE_LEVEL = "sentencepiece", "byte-level"
+SENTENCEPIECE, BYTE_LEVEL = KINDS = ("sentencepiece", "byte-level")
 # LLaMA-3's: the end of a turn is not the tokenizer's eos_token.
 OWN_TEMPLATE = """\
 {{- bos_token -}}
