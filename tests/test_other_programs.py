@@ -13,6 +13,7 @@ import jinja2.meta
 import jinja2.nodes
 import jinja2.sandbox
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import chat_template_utils
 
@@ -59,6 +60,22 @@ def export(request, tokenizer_dir, tmp_path_factory) -> Export:
     for path, content in files.items():
         (home / "modeling" / path).write_bytes(content)
     return Export(home / "modeling", ends)
+
+
+def test_the_pipeline_of_transformers_answers_messages(export):
+    """From the prompt of training, which no setting describes."""
+    from transformers import pipeline
+
+    ask = pipeline("text-generation", model=str(export.folder))
+    (output,) = ask(ASKED, max_new_tokens=4)
+    assert [message["role"] for message in output["generated_text"]] == ["user", "assistant"]
+    chat = chat_of_folder(export.folder)
+    prompt = torch.tensor([chat.prompt(ASKED)])
+    chat.close()
+    expected = ask.model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4)[0, len(prompt[0]) :]
+    decoded = ask.tokenizer.decode(expected, skip_special_tokens=True)
+    # SentencePiece leaves out a space where a text begins.
+    assert output["generated_text"][-1]["content"].removeprefix(" ") == decoded.removeprefix(" ")
 
 
 def test_vllm_reads_the_architecture_and_all_lengths(export):
