@@ -132,10 +132,16 @@ def _run(script: str, *words: object, ranks: int = 0) -> str:
 
 
 def trained_model(
-    folder: Path, case: Case, tokenizer: Path, pairs: Sequence[tuple[str, str]], *, template: str, epochs: int = EPOCHS
+    folder: Path,
+    case: Case,
+    model: Path,
+    tokenizer: Path,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    template: str,
+    epochs: int = EPOCHS,
 ) -> Path:
-    """The folder of a tiny model with this tokenizer that was trained on the questions."""
-    model = tiny.make_model(folder / "model", tokenizer, heads=8)
+    """The folder of what a model with this tokenizer becomes by training on the questions."""
     if case.has_adapter:
         other = prepare(folder / "others", tokenizer, questions(len(pairs), are_others=True), template)
         model = train(folder / "others", model, other, CASES["zero2"], epochs=epochs)
@@ -153,7 +159,8 @@ def wrong_answers(folder: Path, case: Case, *, count: int, template: str, epochs
     else:
         tokenizer = make_byte_level(folder / "tokenizer")
     pairs = questions(count)
-    trained = trained_model(folder, case, tokenizer, pairs, template=template, epochs=epochs)
+    model = tiny.make_model(folder / "model", tokenizer, heads=8)
+    trained = trained_model(folder, case, model, tokenizer, pairs, template=template, epochs=epochs)
     asked = ask(trained, folder / "data" / "in" / "rows.jsonl")
     assert [(question, answer) for question, answer, _ in asked] == pairs
     # llama2 writes a space on both sides of an answer.
