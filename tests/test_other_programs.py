@@ -108,7 +108,7 @@ def test_vllm_gives_messages_as_texts(export):
 
 
 def test_generation_ends_where_an_answer_does(export):
-    """vLLM, SGLang and CTranslate2's users read generation_config.json besides the tokenizer's eos_token."""
+    """vLLM and users of CTranslate2 read generation_config.json besides the tokenizer's eos_token."""
     ends = GenerationConfig.from_pretrained(export.folder).eos_token_id
     found = {export.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     assert set(export.ends) <= found

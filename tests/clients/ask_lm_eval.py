@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,9 +20,19 @@ def ask(job: Job, folder: Path) -> Found:
     answers = model.generate_until(
         [Instance("generate_until", {}, (prompt, settings), n) for n, prompt in enumerate(prompts)]
     )
-    pairs = zip(prompts, job.answers, strict=True)
-    scored = model.loglikelihood([Instance("loglikelihood", {}, pair, n) for n, pair in enumerate(pairs)])
+    scores = [np.asarray(one) for one in _log_likelihoods(model, prompts, job.answers)]
     ids = [list(model.tok_encode(prompt)) for prompt in prompts]
     texts = [list(model.tok_encode(text)) for text in job.texts]
     versions = {name: version(name) for name in ("lm_eval", "transformers", "torch")}
-    return Found(versions, answers, ids, texts, [np.asarray(one) for one, _ in scored], LOG_LIKELIHOOD)
+    return Found(versions, answers, ids, texts, scores, LOG_LIKELIHOOD)
+
+
+def _log_likelihoods(model: Any, prompts: list[str], answers: list[str]) -> list[float]:
+    """Of answers. lm-eval counts white space at the end of a prompt to the answer; what that adds is subtracted."""
+    from lm_eval.api.instance import Instance
+
+    spaced = [prompt for prompt in prompts if prompt != prompt.rstrip()]
+    pairs = [*zip(prompts, answers, strict=True), *((prompt, "") for prompt in spaced)]
+    found = [one for one, _ in model.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs])]
+    of_spaces = dict(zip(spaced, found[len(prompts) :], strict=True))
+    return [one - of_spaces.get(prompt, 0.0) for one, prompt in zip(found, prompts, strict=False)]
