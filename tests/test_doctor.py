@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from colossal_llama2.cluster.doctor import exchange, host_report, remote, survey
 from colossal_llama2.cluster.doctor.findings import all_findings
 from colossal_llama2.cluster.doctor.survey import Probe, Question, Reply
+from colossal_llama2.cluster.doctor.variables import findings as variable_findings
 from colossal_llama2.cluster.hostfile import Host
 from colossal_llama2.train import doctor
 from tests.conftest import ROOT
@@ -217,6 +219,29 @@ def test_which_of_ssh_and_fabric_fails_is_named(problems, launcher, message):
     assert message in found
 
 
+def test_this_host_needs_no_ssh_to_itself():
+    given = replies()
+    given[0] = dataclasses.replace(given[0], needs_ssh=False, ssh_problem="refuses", fabric_problem="refuses")
+    assert lines(given) == ["warning: node1: refuses; it is this host, so the launch itself does not need it"]
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"NCCL_DEBUG": "INFO", "PATH": "/bin", "PS1": "$ "}, None),
+        ({"NCCL_DEBUG_FILE": 'a"b'}, "error: NCCL_DEBUG_FILE: a shell would change the value"),
+        (
+            {"HF_TOKEN": "abc", "WANDB_API_KEY": "d"},
+            "warning: HF_TOKEN, WANDB_API_KEY: colossalai run by hand shows it",
+        ),
+        ({"UID": "0", "BASH_FUNC_f%%": "() { :; }"}, "warning: BASH_FUNC_f%%, UID: no shell sets it"),
+    ],
+)
+def test_variables_that_colossalai_cannot_pass_are_named(variables, message):
+    found = [f"{finding.kind}: {finding.text}" for finding in variable_findings(variables)]
+    assert (message is None and found == []) or (len(found) == 1 and found[0].startswith(message))
+
+
 def test_a_part_that_hangs_or_a_missing_folder_is_named():
     given = replies()
     del given[1].report["paths"]
@@ -316,6 +341,26 @@ def test_a_part_that_hangs_does_not_delay_the_report(monkeypatch):
     monkeypatch.setattr(host_report, "PARTS", parts)
     report = host_report.report({"seconds": 0.1})
     assert report["quick"] == 1 and "slow" not in report and "ZeroDivisionError" in report["wrong"]["failed"]
+
+
+def test_the_last_caller_of_the_port_gets_its_answer():
+    """The first host's process ends when all have called, but not before they have been answered."""
+    with socket.create_server(("", 0)) as free:
+        number = free.getsockname()[1]
+    request = {"seconds": 10, "port": {"number": number, "callers": 1, "token": "secret", "seconds": 5}}
+    program = "from colossal_llama2.cluster.doctor import host_report as r; r.PARTS = {'port': r.port}; r.main(%r)"
+    process = subprocess.Popen([sys.executable, "-c", program % json.dumps(request)], cwd=ROOT, stdout=subprocess.PIPE)
+    assert host_report._call("localhost", number, "secret", time.monotonic() + 10) is None
+    output, _ = process.communicate(timeout=10)
+    assert json.loads(output.decode().removeprefix(host_report.MARK))["port"] == {"problem": None}
+
+
+def test_another_program_on_the_port_is_recognized():
+    with socket.create_server(("", 0)) as server:
+        threading.Thread(target=lambda: server.accept()[0].sendall(b"SSH-2.0"), daemon=True).start()
+        number = server.getsockname()[1]
+        problem = host_report._call("localhost", number, "secret", time.monotonic() + 0.3)
+    assert problem in ("another program answers there", "timed out")
 
 
 @pytest.mark.parametrize("shell, is_fine", [("/bin/sh", True), ("/bin/false", False), ("/no/shell", False)])

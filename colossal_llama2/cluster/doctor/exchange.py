@@ -19,7 +19,7 @@ from colossal_llama2.cluster.doctor.exchange_worker import STAGES, WORKER_MARK
 from colossal_llama2.cluster.doctor.finding import Finding, error, warning
 from colossal_llama2.cluster.doctor.remote import SHELL, SSH_OPTIONS, explained
 from colossal_llama2.cluster.doctor.survey import Question
-from colossal_llama2.cluster.hostfile import Host
+from colossal_llama2.cluster.hostfile import Host, is_this_host
 
 WORKER = "colossal_llama2.cluster.doctor.exchange_worker"
 # A link that is so many times slower than the median is reported.
@@ -85,7 +85,7 @@ def exchange(
     try:
         for number, host in enumerate(places):
             script = _script(question, variables, master, number * per_host, per_host, len(ranks), seconds)
-            process = _start(host if hosts else None)
+            process = _start(host if hosts and not is_this_host(host.name) else None)
             processes.append(process)
             of_host = ranks[number * per_host : (number + 1) * per_host]
             threads.append(threading.Thread(target=_follow, args=(process, script, ranks, of_host), daemon=True))

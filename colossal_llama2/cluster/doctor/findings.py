@@ -7,7 +7,7 @@ left out.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from colossal_llama2.cluster.doctor.file_findings import paths_findings, save_folder_findings
-from colossal_llama2.cluster.doctor.finding import Finding, error, part_of
+from colossal_llama2.cluster.doctor.finding import Finding, error, part_of, warning
 from colossal_llama2.cluster.doctor.network_findings import interfaces_findings, port_findings, route_findings
 from colossal_llama2.cluster.doctor.software_findings import gpus_findings, software_findings
 from colossal_llama2.cluster.doctor.survey import Probe, Question, Reply
@@ -51,7 +51,9 @@ def all_findings(
 
 def _reachability(reply: Reply, question: Question) -> Iterator[Finding]:
     name, ssh, fabric = reply.host.name, reply.ssh_problem, reply.fabric_problem
-    if ssh and fabric:
+    if not reply.needs_ssh and (ssh or fabric):
+        yield warning(name, f"{ssh or fabric}; it is this host, so the launch itself does not need it")
+    elif ssh and fabric:
         # The two word the same trouble differently.
         yield error(name, ssh)
     elif ssh:

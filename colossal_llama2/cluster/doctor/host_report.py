@@ -326,6 +326,7 @@ def port(request: dict) -> dict | None:
     except OSError as error:
         # Python's own text names the address as well.
         return {"problem": os.strerror(error.errno or 0)}
+    answers = []
     with server:
         for _ in range(asked["callers"]):
             server.settimeout(max(end - time.monotonic(), 0.01))
@@ -333,7 +334,11 @@ def port(request: dict) -> dict | None:
                 connection, _address = server.accept()
             except OSError:
                 break
-            threading.Thread(target=_answer, args=(connection, asked["token"]), daemon=True).start()
+            answers.append(threading.Thread(target=_answer, args=(connection, asked["token"]), daemon=True))
+            answers[-1].start()
+        # The process ends after this part, perhaps before the last caller has its answer.
+        for answer in answers:
+            answer.join()
     return {"problem": None}
 
 
