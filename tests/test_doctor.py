@@ -476,6 +476,15 @@ def test_a_rank_that_gets_stuck_is_named_with_where(program, message, tmp_path):
     assert rows == [] and len(found) == 1 and message in found[0].text
 
 
+def test_a_slow_link_is_named_by_the_rank_that_receives():
+    rates = (1.1e9, 1.2e7, 1.0e9)
+    ranks = [
+        exchange.Rank(Host(name), figures={"gloo": {"receive": rate}}) for name, rate in zip(NAMES, rates, strict=True)
+    ]
+    (found,) = exchange._slow_links(ranks)
+    assert found.text.startswith("node2: rank 1: receives 12 MB/s from node1 over gloo, others 1.0 GB/s; check cable")
+
+
 @pytest.mark.slow
 def test_two_ranks_exchange_data_and_report_what_they_measured(job):
     """Real processes with PyTorch, on this host."""

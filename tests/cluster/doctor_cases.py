@@ -131,6 +131,7 @@ MOUNT_READ_ONLY = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0"'
 DROP = f"ip rule add to 10.201.0.2 ipproto tcp sport {PORT} blackhole"
 # Host 2 reaches ssh and MASTER_PORT of the others, but none of the ports that gloo chooses, as behind a firewall.
 DROP_GLOO = "ip rule add ipproto tcp dport 30014-65534 sport 30014-65534 to 10.201.0.0/24 blackhole"
+SLOW = "tc qdisc add dev eth0 root tbf rate 20mbit burst 64kb latency 50ms"
 CASES = (
     Case("good", lambda p: None, ""),
     Case(
@@ -222,6 +223,12 @@ CASES = (
     ),
     Case("secret", lambda p: p.variables.update(HF_TOKEN="abc"), "HF_TOKEN: colossalai run by hand", "warning"),
     Case("dist", lambda p: p.flags.extend(["--dist", "--dist_seconds", "60"]), ""),
+    Case(
+        "dist, slow link",
+        lambda p: (p.flags.extend(["--dist", "--dist_seconds", "60"]), p.shell(2, SLOW)),
+        "10.201.0.3: rank 2: receives .* from node2 over gloo, others .*; check cable",
+        "warning",
+    ),
     Case(
         "dist, ports blocked",
         lambda p: (p.flags.extend(["--dist", "--dist_seconds", "45"]), p.shell(2, DROP_GLOO)),
