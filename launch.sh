@@ -75,6 +75,9 @@ check_launcher() {
     if ! command -v python >/dev/null; then
         stop "no python on PATH; activate the virtual environment: source .venv/bin/activate"
     fi
+    if ! python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'; then
+        stop "$(command -v python) has no PyTorch; activate the virtual environment: source .venv/bin/activate"
+    fi
     if [[ $LAUNCHER == colossalai ]] && ! command -v colossalai >/dev/null; then
         stop "no colossalai on PATH; activate the virtual environment: source .venv/bin/activate"
     fi

@@ -39,7 +39,7 @@ FOREIGN_FLAGS = set(
     "--help --nproc_per_node --hostfile --host --master_port --master_addr --nnodes --node_rank --long --array --wrap "
     "--no-deps --no-build-isolation --output --only --unrepaired --mutants --precision --kept_memory --download_dir "
     "--learning_rate --local-dir --exclude --small --smallest --minutes --python --transformers --without "
-    "--target --gpus-per-node --gpus-per-task --signal --dist".split()
+    "--target --gpus-per-node --gpus-per-task --signal --rdzv_id --max_restarts".split()
 )
 
 
@@ -271,6 +271,6 @@ def test_the_example_script_runs_here_as_it_is(workplace):
     dataset = "spliced_tokenized_output_arrow/part-00000 spliced_tokenized_output_arrow/part-00001"
     settings = f"NPROC_PER_NODE=2 MASTER_PORT={free_port()} DATASET='{dataset}'"
     run(f"{settings} {EXAMPLE_SCRIPT[1]} --micro_batch_size 1 --max_length 4096 --max_steps 2", workplace)
-    (run_folder,) = (workplace / "runs" / "checkpoints").iterdir()
+    (run_folder,) = (path for path in (workplace / "runs" / "checkpoints").iterdir() if path.is_dir())
     assert (run_folder / "modeling" / "config.json").is_file()
     assert json.loads(next((workplace / "runs" / "configs").iterdir()).read_text())["warmup_steps"] == 100

@@ -1,17 +1,21 @@
 """torchrun's store without PyTorch: its client against PyTorch's own store, and what ranks exchange through it."""
 
+import os
 import socket
 import subprocess
 import sys
 import threading
 import time
 
+import datasets
 import pytest
 
 from colossal_llama2.engine.ranks import meeting, torchrun_store
 from colossal_llama2.engine.ranks.torchrun_store import StoreError
 from colossal_llama2.errors import LaunchError
 from colossal_llama2.launcher import Place
+from tests import fork_server
+from tests.conftest import ROOT
 from tests.launching import free_port
 
 SERVER = """
@@ -106,6 +110,22 @@ def test_another_program_on_the_port_is_no_store(monkeypatch, address):
     monkeypatch.setenv("MASTER_ADDR", "a..b")
     with pytest.raises(StoreError):
         torchrun_store.connect(attempt_seconds=5.0)
+
+
+def test_ranks_that_torchrun_counts_differently_start_together(tmp_path, model_dir, server, address):
+    """A host that joins again counts other restarts than one that failed. The store holds keys of earlier attempts."""
+    part = tmp_path / "part-00000"
+    datasets.Dataset.from_dict({"input_ids": [[1, 5, 6, 2]] * 4, "labels": [[1, 5, 6, 2]] * 4}).save_to_disk(part)
+    words = [ROOT / "train.py", "--pretrained", model_dir, "--dataset", part, "--max_length", 64, "--max_steps", 1]
+    words += ["--plugin", "zero2", "--mixed_precision", "fp32", "--save_dir", tmp_path / "save"]
+    words += ["--tensorboard_dir", tmp_path / "tb", "--config_file", tmp_path / "json", "--dist_timeout", 60]
+    ranks = []
+    for rank in range(2):
+        variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        variables |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(1 - rank)}
+        (tmp_path / str(rank)).mkdir()
+        ranks.append(fork_server.start(words, tmp_path / str(rank), env={**os.environ, **variables}))
+    assert [rank.wait(90.0) for rank in ranks] == [0, 0], ranks[0].errors + ranks[1].errors
 
 
 def test_values_are_exchanged_with_pytorchs_client_until_the_server_ends(server, store):

@@ -7,6 +7,8 @@ not either. So every process of a launch inherits MARK with a value of its own, 
 import os
 import signal
 import subprocess
+import time
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,6 +21,10 @@ CONNECT_SECONDS = 5
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}", "-o", "LogLevel=ERROR")
 # What this takes on a host that answers is far less.
 REMOTE_SECONDS = 15
+# A process this old starts no other program in its place.
+NEW_SECONDS = 10.0
+# Old processes of no launch: reading the environments of all processes again and again would cost time.
+_others: "weakref.WeakSet[psutil.Process]" = weakref.WeakSet()
 # For sh, whatever the login shell is. Prints how many processes it has signalled.
 SIGNAL_SCRIPT = """
 count=0
@@ -104,11 +110,22 @@ def signal_hosts(destinations: Sequence[str], value: str, number: int, *, only_r
 
 def _marked(value: str) -> Iterator[tuple[psutil.Process, dict[str, str]]]:
     for process in psutil.process_iter():
-        # Of other users, or ended in the meantime.
+        # psutil returns the same object as long as a process lives.
+        if process in _others:
+            continue
+        # Ended in the meantime.
         with suppress(psutil.Error, OSError):
-            environment = process.environ()
-            if environment.get(MARK) == value and process.status() != psutil.STATUS_ZOMBIE:
-                yield process, environment
+            try:
+                environment = process.environ()
+            except psutil.AccessDenied:
+                # Of another user.
+                _others.add(process)
+                continue
+            if environment.get(MARK) == value:
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    yield process, environment
+            elif MARK not in environment and time.time() - process.create_time() > NEW_SECONDS:
+                _others.add(process)
 
 
 def name_of(number: int) -> str:

@@ -41,6 +41,7 @@ KNOWN = (
     ),
 )
 SIGNALED = 128
+MOST_KEPT = 20
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,10 @@ class LaunchOutput:
         elif self._report and REPORT_ENDS.match(line):
             self._finish_report()
         if error := COMMAND_FAILED.match(line):
-            self.errors.append(error[1])
+            _keep(self.errors, error[1])
         for pattern, meaning in KNOWN:
             if known := pattern.search(line):
-                self.hints.append(meaning.format(*known.groups()))
+                _keep(self.hints, meaning.format(*known.groups()))
 
     def _finish_report(self) -> None:
         report, self._report = self._report, {}
@@ -140,3 +141,9 @@ class LaunchOutput:
     def lost_hosts(self) -> Iterator[HostFailure]:
         """Hosts without a connection, whose ranks may live on."""
         return (failure for failure in self.hosts.values() if failure.was_connected and failure.code == -1)
+
+
+def _keep(texts: list[str], text: str) -> None:
+    """Only the first are of use, and a launch may print for weeks."""
+    if len(texts) < MOST_KEPT:
+        texts.append(text)

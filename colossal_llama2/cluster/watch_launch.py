@@ -35,14 +35,16 @@ from colossal_llama2.terminal_text import show_line
 
 LOOK_SECONDS = 0.5
 # How long the others may go on when the part of one host has ended: while ranks are alive here, which notice a lost
-# partner themselves and write their reports, and otherwise.
+# partner themselves and write their reports, or if nothing has failed so far, and otherwise.
 WITH_RANKS_SECONDS = 25.0
 WITHOUT_RANKS_SECONDS = 5.0
 # After this, processes that got SIGTERM get SIGKILL.
 TERMINATE_SECONDS = 5.0
+# How long output may arrive after the end.
+OUTPUT_SECONDS = 3.0
 # How long the ranks may take to appear, beyond the time that hosts wait for each other.
 START_SECONDS = 15.0
-PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 DEFAULT_TIMEOUT = 600.0
 # What `colossalai run` prints in the end, also if a host failed.
 FINISHED = "Training on All Nodes"
@@ -61,7 +63,8 @@ class Watch:
         self._signals: list[int] = []
         self._passed_on: int | None = None
         self._finished_line = False
-        self._started = time.monotonic()
+        self._latest_start = time.monotonic() + launch.plan.timeout_seconds + START_SECONDS
+        self._has_not_met = False
         self._first_end: float | None = None
         self._seen_ranks = False
         self._next_sign = 0.0
@@ -69,7 +72,9 @@ class Watch:
     def run(self) -> int:
         """Start the launcher, wait until the job is over, end what is left of it, and return the exit code."""
         for number in PASSED_ON:
-            signal.signal(number, lambda number, frame: self._signals.append(number))
+            # nohup ignores SIGHUP: the launch outlives its terminal.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, lambda number, frame: self._signals.append(number))
         launch = self._launch
         try:
             launch.start()
@@ -79,8 +84,9 @@ class Watch:
             while not self._is_over():
                 self._wait_a_moment()
             # Not waited for without limit: a process on another host may hold them open.
+            end = time.monotonic() + OUTPUT_SECONDS
             for pump in pumps:
-                pump.join(timeout=2)
+                pump.join(timeout=max(0.0, end - time.monotonic()))
             ended = launch.ended()
             codes = [process.poll() for process in launch.processes.values()]
             code, cause = self._verdict(ended, codes)
@@ -105,7 +111,8 @@ class Watch:
             self._launch.give_sign_of_life()
             self._next_sign = now + SIGN_SECONDS
         while self._signals:
-            if not self._pass_on(self._signals.pop(0)):
+            # Without ranks there is nothing to save, unless they are just ending.
+            if not self._pass_on(self._signals.pop(0)) and not self._seen_ranks:
                 return True
         if all(process.poll() is not None for process in self._launch.processes.values()):
             return True
@@ -116,11 +123,21 @@ class Watch:
         if ended and self._first_end is None:
             self._first_end = now
         if self._first_end is None:
-            return False
-        return now - self._first_end > (WITH_RANKS_SECONDS if ranks else WITHOUT_RANKS_SECONDS)
+            self._has_not_met = self._waits_for_ranks() and not self._seen_ranks and now > self._latest_start
+            return self._has_not_met
+        is_waiting = bool(ranks) or not any(ended.values())
+        return now - self._first_end > (WITH_RANKS_SECONDS if is_waiting else WITHOUT_RANKS_SECONDS)
+
+    def _waits_for_ranks(self) -> bool:
+        """Whether ranks have to appear on this host. Slurm may let a step wait for its resources."""
+        return not isinstance(self._launch, launchers.SlurmLaunch) and any(
+            hostfile.is_this_host(host.name) for host in self._launch.plan.hosts
+        )
 
     def _pass_on(self, number: int) -> bool:
         """Pass a signal on to the ranks. Returns whether there are any."""
+        # The terminal was closed.
+        number = signal.SIGTERM if number == signal.SIGHUP else number
         self._report(f"{job_processes.name_of(number)}: passed on to the ranks, which save and end")
         self._passed_on = number
         return self._launch.signal_ranks(number)
@@ -133,6 +150,8 @@ class Watch:
             return root.exit_code, None if stopped else self._reason_of(root)
         if self._passed_on is not None and self._passed_on != signal.SIGUSR1 and not self._seen_ranks:
             return 128 + self._passed_on, "ended before the ranks had started"
+        if self._has_not_met:
+            return 1, self._why_not_met()
         failed = {host: code for host, code in ended.items() if code}
         if failed:
             host, code = next(iter(failed.items()))
@@ -157,6 +176,13 @@ class Watch:
             return output.errors[0]
         hint = f" ({output.hints[0]})" if output.hints else ""
         return f"{root.host}: rank {root.rank} ended with exit code {root.exit_code}{hint}"
+
+    def _why_not_met(self) -> str:
+        plan = self._launch.plan
+        return (
+            f"no rank has started within --dist_timeout {plan.timeout_seconds:g} s; the hosts do not reach each other "
+            f"at {plan.hosts[0].name}:{plan.port} (a firewall, or another address of that name there)"
+        )
 
     @staticmethod
     def _code_of(code: int) -> int:

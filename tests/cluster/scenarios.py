@@ -167,7 +167,6 @@ def addresses_only(job: Job) -> None:
     for host in range(1, job.cluster.count + 1):
         job.cluster.set_hosts(host, f"127.0.0.1 localhost\n127.0.1.1 {job.cluster.name(host)}\n")
     write_hostfile(job, *(f"{job.cluster.address(i)} slots=1 # host {i}\r" for i in range(1, job.cluster.count + 1)))
-    job.more["GLOO_SOCKET_IFNAME"] = "eth0"
 
 
 def port_in_use(job: Job) -> None:
