@@ -135,6 +135,7 @@ FAULTS = [
         [["NVIDIA A800-SXM4-80GB", "550.1", "8", "9000"]] * 8,
         "warning: node2: another program uses GPU 0, 1",
     ),
+    ("gpus", "slow", 8.0, "warning: node2: nvidia-smi took more than 8 s; switch persistence mode on"),
     ("paths", "model", None, "error: node2: has no model; copy it to the same path"),
     (
         "paths",
@@ -244,11 +245,13 @@ def test_variables_that_colossalai_cannot_pass_are_named(variables, message):
 
 def test_a_part_that_hangs_or_a_missing_folder_is_named():
     given = replies()
+    del given[0].report["save_folder"]
     del given[1].report["paths"]
     given[2].report = {"missing": "folder"}
     assert [line.partition(";")[0] for line in lines(given)] == [
         "error: node3: has no folder /job",
-        "error: node2: reading model and data did not end in time",
+        "error: node1: the check of --save_dir did not end within 10 s",
+        "warning: node2: comparing model and data took more than 10 s and was left out",
     ]
 
 
@@ -339,7 +342,7 @@ def test_files_are_compared_by_size_and_small_ones_by_contents(tmp_path):
 def test_a_part_that_hangs_does_not_delay_the_report(monkeypatch):
     parts = {"slow": lambda request: time.sleep(30), "quick": lambda request: 1, "wrong": lambda request: 1 / 0}
     monkeypatch.setattr(host_report, "PARTS", parts)
-    report = host_report.report({"seconds": 0.1})
+    report = host_report.report({"seconds": 0.1, "path_seconds": 0.1})
     assert report["quick"] == 1 and "slow" not in report and "ZeroDivisionError" in report["wrong"]["failed"]
 
 
@@ -347,7 +350,11 @@ def test_the_last_caller_of_the_port_gets_its_answer():
     """The first host's process ends when all have called, but not before they have been answered."""
     with socket.create_server(("", 0)) as free:
         number = free.getsockname()[1]
-    request = {"seconds": 10, "port": {"number": number, "callers": 1, "token": "secret", "seconds": 5}}
+    request = {
+        "seconds": 10,
+        "path_seconds": 10,
+        "port": {"number": number, "callers": 1, "token": "secret", "seconds": 5},
+    }
     program = "from colossal_llama2.cluster.doctor import host_report as r; r.PARTS = {'port': r.port}; r.main(%r)"
     process = subprocess.Popen([sys.executable, "-c", program % json.dumps(request)], cwd=ROOT, stdout=subprocess.PIPE)
     assert host_report._call("localhost", number, "secret", time.monotonic() + 10) is None

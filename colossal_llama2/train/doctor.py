@@ -45,6 +45,8 @@ from colossal_llama2.train.run_folder.lock_record import read_record
 
 # Configurations, tokenizers and manifests are smaller, weights and samples larger.
 HASHED_BYTES = 8 << 20
+# Without --quick, reading model and data may take longer than the rest of the report.
+PATH_SECONDS = 120.0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -95,6 +97,8 @@ def question_of(args: argparse.Namespace, given: argparse.Namespace | None) -> Q
     question = dataclasses.replace(
         question, port=args.master_port, hash_bytes=0 if args.quick else HASHED_BYTES, scripts=list(PARSERS)
     )
+    if not args.quick:
+        question = dataclasses.replace(question, path_seconds=PATH_SECONDS)
     if given is None:
         return question
     paths = [given.pretrained, *map(_without_name, given.dataset), *map(_without_name, given.eval_dataset or ())]

@@ -48,6 +48,7 @@ class Question:
         scripts: files in `folder` that have to be the same everywhere.
         paths: files and folders that have to be the same everywhere, relative to `folder` or absolute.
         hash_bytes: files up to this size are compared by their contents, larger ones by size.
+        path_seconds: how long `paths` may be read.
         save_dir: the folder of the checkpoints.
         lock_owner: who has locked it: `host`, `pid`, `since`, `ending`.
         port: MASTER_PORT.
@@ -60,6 +61,7 @@ class Question:
     scripts: Sequence[str] = ()
     paths: Sequence[str] = ()
     hash_bytes: int = 0
+    path_seconds: float = REPORT_SECONDS
     save_dir: Path | None = None
     lock_owner: dict | None = None
     port: int | None = None
@@ -126,7 +128,7 @@ def ask_all(hosts: Sequence[Host], question: Question, probe: Probe | None) -> l
     scripts = [_script(question, _request(question, probe, hosts, number, token)) for number in range(len(hosts))]
     # When the first host has stopped serving the port.
     late = _script(question, {**_request(question, probe, hosts, 0, token), "port": None})
-    seconds = REPORT_SECONDS + LOGIN_SECONDS + SECONDS_PER_HOST * len(hosts)
+    seconds = question.path_seconds + LOGIN_SECONDS + SECONDS_PER_HOST * len(hosts)
     tasks: list[Callable[[], Any]] = [
         partial(_ask, host, script, question.launcher, seconds) for host, script in zip(hosts, scripts, strict=True)
     ]
@@ -185,7 +187,7 @@ def ask_here(question: Question, probe: Probe | None) -> Reply:
     host = Host(socket.gethostname())
     script = _script(question, _request(question, probe, [host], 0, secrets.token_hex(8)))
     reply = Reply(host, sent=time.time())
-    _take_report(reply, remote.by_here(script, seconds=REPORT_SECONDS + LOGIN_SECONDS))
+    _take_report(reply, remote.by_here(script, seconds=question.path_seconds + LOGIN_SECONDS))
     return reply
 
 
@@ -241,6 +243,7 @@ def _request(question: Question, probe: Probe | None, hosts: Sequence[Host], num
         port = {"number": question.port, "callers": callers, "token": token, "seconds": PORT_SECONDS + patience}
     return {
         "seconds": REPORT_SECONDS + patience,
+        "path_seconds": question.path_seconds,
         "path": question.path,
         "scripts": list(question.scripts),
         "paths": list(question.paths),
