@@ -465,12 +465,12 @@ def test_the_table_fits_80_columns():
 @pytest.mark.parametrize(
     "program, message",
     [
-        ("exec sleep 30", "rank 0: within 1 s did not start"),
+        ("exec sleep 30", "rank 0: did not start within 1 s; run python"),
         (
-            f'echo \'{exchange.WORKER_MARK}{{"rank": 0, "stage": "imported"}}\'; sleep 30',
-            "on MASTER_PORT=30013; check that",
+            'echo \'MARK{"rank": 0, "stage": "imported"}\'; sleep 30',
+            "rank 0: did not connect to localhost on MASTER_PORT=30013 within 1 s; open that port",
         ),
-        (f'echo \'{exchange.WORKER_MARK}{{"rank": 0, "problem": "oh"}}\'; exit 1', "rank 0: did not start (oh)"),
+        ('echo \'MARK{"rank": 0, "problem": "oh"}\'; exit 1', "rank 0: did not start (oh); run python"),
     ],
 )
 def test_a_rank_that_gets_stuck_is_named_with_where(program, message, tmp_path):
@@ -486,7 +486,8 @@ def test_a_rank_that_gets_stuck_is_named_with_where(program, message, tmp_path):
 def test_a_slow_link_is_named_by_the_rank_that_receives():
     rates = (1.1e9, 1.2e7, 1.0e9)
     ranks = [
-        exchange.Rank(Host(name), figures={"gloo": {"receive": rate}}) for name, rate in zip(NAMES, rates, strict=True)
+        exchange.Rank(number, Host(name), figures={"gloo": {"receive": rate}})
+        for number, (name, rate) in enumerate(zip(NAMES, rates, strict=True))
     ]
     (found,) = exchange._slow_links(ranks)
     assert found.text.startswith("node2: rank 1: receives 12 MB/s from node1 over gloo, others 1.0 GB/s; check cable")

@@ -224,6 +224,12 @@ CASES = (
     Case("secret", lambda p: p.variables.update(HF_TOKEN="abc"), "HF_TOKEN: colossalai run by hand", "warning"),
     Case("dist", lambda p: p.flags.extend(["--dist", "--dist_seconds", "60"]), ""),
     Case(
+        "dist, Debian's own name",
+        lambda p: (p.flags.extend(["--dist", "--dist_seconds", "60"]), p.hosts_file(1, own="127.0.1.1")),
+        "node1: its own name node1 has the address 127.0.1.1; training looks for another itself",
+        "warning",
+    ),
+    Case(
         "dist, slow link",
         lambda p: (p.flags.extend(["--dist", "--dist_seconds", "60"]), p.shell(2, SLOW)),
         "10.201.0.3: rank 2: receives .* from node2 over gloo, others .*; check cable",

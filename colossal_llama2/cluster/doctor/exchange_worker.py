@@ -21,10 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from colossal_llama2.cluster.doctor.host_report import route_to
+from colossal_llama2.cluster.hostfile import is_loopback
 
 if TYPE_CHECKING:
     import torch
 
+# Names of hosts that a rank has to reach.
+HOSTS = "COLOSSAL_LLAMA2_EXCHANGE_HOSTS"
 WORKER_MARK = "colossal_llama2.exchange "
 STAGES = ("started", "imported", "met", "joined", "gloo", "nccl")
 # Numbers of 4 bytes: 4 MiB over gloo, 256 MiB over NCCL, which needs large messages for its full speed.
@@ -66,7 +69,7 @@ def _print(note: dict) -> None:
 
 
 def _exchange(rank: int, world_size: int, end: float) -> None:
-    address, interface = _choose_interface()
+    interface = _choose_interface()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "nccl.log")
         os.environ.update(NCCL_DEBUG="INFO", NCCL_DEBUG_SUBSYS="INIT,NET", NCCL_DEBUG_FILE=str(log))
@@ -86,7 +89,7 @@ def _exchange(rank: int, world_size: int, end: float) -> None:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
         _note(rank, "joined")
         dist.barrier()
-        _note(rank, "gloo", interface=interface or address, **_figures(rank, world_size, "gloo", torch.device("cpu")))
+        _note(rank, "gloo", interface=interface, **_figures(rank, world_size, "gloo", torch.device("cpu")))
         if not torch.cuda.is_available():
             _note(rank, "nccl")
             return
@@ -98,15 +101,20 @@ def _exchange(rank: int, world_size: int, end: float) -> None:
         dist.barrier()
 
 
-def _choose_interface() -> tuple[str, str | None]:
-    """Let gloo use the interface that leads to rank 0, unless a variable names one. Returns its address and name."""
+def _choose_interface() -> str:
+    """Let gloo use the interface that leads to another host, unless a variable names one. Returns its name.
+
+    The address of the host's own name, which gloo would take, may be a loopback one.
+    """
     named = os.environ.get("GLOO_SOCKET_IFNAME")
-    addresses = socket.getaddrinfo(os.environ["MASTER_ADDR"], None, type=socket.SOCK_STREAM)
-    route = route_to(str(addresses[0][4][0]))
-    address, interface = route or ("", None)
+    routes = []
+    for host in os.environ[HOSTS].split():
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        routes.append(route_to(str(found[0][4][0])) or ["127.0.0.1", None])
+    address, interface = next((route for route in routes if not is_loopback(route[0])), routes[0])
     if interface and not named:
         os.environ["GLOO_SOCKET_IFNAME"] = interface
-    return address, named or interface
+    return named or interface or address
 
 
 def _figures(rank: int, world_size: int, kind: str, device: "torch.device", group: Any = None) -> dict[str, float]:
