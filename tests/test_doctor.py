@@ -34,7 +34,7 @@ def good_report(number: int) -> dict:
     return {
         "started": 1000.1,
         "ended": 1000.2,
-        "port": {"problem": None},
+        "port": {"problem": None, "from": 1000.1, "until": 1004.1},
         "host": {
             "name": f"node{number}",
             "user": "me",
@@ -305,6 +305,13 @@ def test_a_taken_port_is_named_once():
     assert found.startswith("error: node1: MASTER_PORT=30013 cannot be used (Address already in use); see who has it")
 
 
+def test_a_host_that_could_not_call_in_time_is_not_called_blocked():
+    given = replies()
+    given[1].report["port"] = {"problem": "Connection refused", "from": 1004.0, "until": 1009.0}
+    (found,) = lines(given)
+    assert found.startswith("warning: node2: could not be asked to connect to node1 on MASTER_PORT=30013, since ssh")
+
+
 @pytest.mark.parametrize(
     "trouble, message",
     [
@@ -359,7 +366,7 @@ def test_the_last_caller_of_the_port_gets_its_answer():
     process = subprocess.Popen([sys.executable, "-c", program % json.dumps(request)], cwd=ROOT, stdout=subprocess.PIPE)
     assert host_report._call("localhost", number, "secret", time.monotonic() + 10) is None
     output, _ = process.communicate(timeout=10)
-    assert json.loads(output.decode().removeprefix(host_report.MARK))["port"] == {"problem": None}
+    assert json.loads(output.decode().removeprefix(host_report.MARK))["port"]["problem"] is None
 
 
 def test_another_program_on_the_port_is_recognized():

@@ -320,28 +320,35 @@ def port(request: dict) -> dict | None:
     asked = request["port"]
     if asked is None:
         return None
-    end = time.monotonic() + asked["seconds"]
+    begin, end = time.time(), time.monotonic() + asked["seconds"]
     if asked["callers"] is None:
-        return {"problem": _call(request["master"], asked["number"], asked["token"], end)}
+        problem = _call(request["master"], asked["number"], asked["token"], end)
+    else:
+        problem = _serve(asked["number"], asked["callers"], asked["token"], end)
+    return {"problem": problem, "from": begin, "until": time.time()}
+
+
+def _serve(number: int, callers: int, token: str, end: float) -> str | None:
+    """Answer as many callers, or until the time is over. Returns why the port cannot be used, or None."""
     try:
-        server = _listen(asked["number"])
+        server = _listen(number)
     except OSError as error:
         # Python's own text names the address as well.
-        return {"problem": os.strerror(error.errno or 0)}
+        return os.strerror(error.errno or 0)
     answers = []
     with server:
-        for _ in range(asked["callers"]):
+        for _ in range(callers):
             server.settimeout(max(end - time.monotonic(), 0.01))
             try:
                 connection, _address = server.accept()
             except OSError:
                 break
-            answers.append(threading.Thread(target=_answer, args=(connection, asked["token"]), daemon=True))
+            answers.append(threading.Thread(target=_answer, args=(connection, token), daemon=True))
             answers[-1].start()
         # The process ends after this part, perhaps before the last caller has its answer.
         for answer in answers:
             answer.join()
-    return {"problem": None}
+    return None
 
 
 def _listen(number: int) -> socket.socket:
