@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -303,10 +304,50 @@ def test_launchers_that_cannot_be_used_are_refused(name, workplace):
     assert process.returncode == 2 and "source .venv/bin/activate" in process.stderr
 
 
+def start_job(workplace: Path, train: str) -> subprocess.Popen:
+    """Run train.example.sbatch as Slurm does, with another train.sh, and an scontrol that records."""
+    shutil.copy(ROOT / "train.example.sbatch", workplace / "train.sbatch")
+    (workplace / "train.sh").write_text(train)
+    scontrol = workplace.parent / "bin" / "scontrol"
+    scontrol.write_text('#!/bin/sh\necho "$@" >scontrol.txt\n')
+    scontrol.chmod(0o755)
+    given = {
+        "PATH": f"{scontrol.parent}:{os.environ['PATH']}",
+        "VIRTUAL_ENV": "/venv",
+        "SLURM_SUBMIT_DIR": str(workplace),
+        "SLURM_JOB_ID": "70007",
+        "SLURM_JOB_NAME": "my job",
+        "SLURM_NTASKS_PER_NODE": "4",
+    }
+    return subprocess.Popen(
+        ["bash", workplace / "train.sbatch", "--lr", "1"], env=given, stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_a_slurm_job_requeues_itself_after_a_save(workplace):
+    """SIGUSR1, which Slurm sends to the script alone, reaches the launch, and comes before the end of the job."""
+    process = start_job(workplace, "trap 'sleep 0.5; exit 0' USR1\necho ready $@\nwhile :; do sleep 0.1; done\n")
+    assert process.stdout.readline() == "ready --lr 1\n"
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 0 and "requeueing job 70007" in output
+    assert (workplace / "scontrol.txt").read_text() == "requeue 70007\n"
+
+
+@pytest.mark.parametrize("code", [0, 1, 143])
+def test_a_slurm_job_that_is_done_or_has_failed_is_not_requeued(code, workplace):
+    names = "LAUNCHER RUN_NAME RESUME NPROC_PER_NODE MASTER_PORT"
+    process = start_job(workplace, f'for name in {names}; do echo "${{!name}}"; done; exit {code}\n')
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == code and not (workplace / "scontrol.txt").exists()
+    # The job's number stays the same when it is requeued.
+    assert output.splitlines() == ["slurm", "my job-70007", "auto", "4", "20007"]
+
+
 def test_the_hostfile_is_the_readme_s():
     assert (ROOT / "hostfile.example").read_text() == "hostname1\nhostname2\nhostname3\nhostname4\n"
 
 
-@NAMES
+@pytest.mark.parametrize("name", ["train.example.sh", "train_sft.example.sh", "train.example.sbatch"])
 def test_the_example_can_be_executed(name):
-    assert (ROOT / f"{name}.example.sh").stat().st_mode & stat.S_IXUSR
+    assert (ROOT / name).stat().st_mode & stat.S_IXUSR

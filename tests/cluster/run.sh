@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Start, break and resume runs on pretended hosts, with each launcher, and print a table of what happened:
 #
-#   bash tests/cluster/run.sh [--launcher colossalai|torchrun|slurm] [--only WORD] [--keep DIR]
+#   bash tests/cluster/run.sh [--launcher colossalai|torchrun|slurm] [--only WORD] [--keep DIR] [--patience FACTOR]
 #
 # It takes about ten minutes and ends with code 1 if a cell is not as expected. It needs root, and iproute2 and
 # openssh-server; with slurm-wlm and munge also Slurm is tested, and with tcsh its login shell. It installs nothing.

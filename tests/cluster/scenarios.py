@@ -51,6 +51,7 @@ class Job:
 
     Attributes:
         log: the file of its output.
+        patience: factor of all limits, for a machine that has other work.
         slurm: Slurm on the hosts, if the launcher is slurm.
     """
 
@@ -63,6 +64,7 @@ class Job:
     slurm: Slurm | None = None
     number: str = ""
     process: subprocess.Popen | None = None
+    patience: float = 1.0
 
     def start(self) -> None:
         """Start the command on host 1."""
@@ -84,7 +86,7 @@ class Job:
 
     def wait_for(self, pattern: str, seconds: float = START_SECONDS) -> None:
         """Wait until the output has a line. Raises Wrong if the command ends before, or takes too long."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + seconds * self.patience
         while not re.search(pattern, self.text()):
             assert self.process is not None
             if self.process.poll() is not None:
@@ -97,7 +99,7 @@ class Job:
         """The exit code. Raises Wrong if the command takes longer."""
         assert self.process is not None
         try:
-            return self.process.wait(timeout=seconds)
+            return self.process.wait(timeout=seconds * self.patience)
         except subprocess.TimeoutExpired:
             raise Wrong(f"still running after {seconds:g} s") from None
 
@@ -187,7 +189,7 @@ def failing_script(job: Job) -> None:
 
 def nothing_remains(job: Job) -> None:
     """No process of the run is left on any host that lives."""
-    end = time.monotonic() + 15
+    end = time.monotonic() + 15 * job.patience
     while any(job.cluster.ranks(host) for host in range(1, job.cluster.count + 1) if job.cluster.is_alive(host)):
         if time.monotonic() > end:
             raise Wrong("ranks are left")
@@ -207,7 +209,15 @@ def continues(job: Job) -> None:
 def one_host_continues(job: Job) -> None:
     """With the remaining host alone, the run continues from its checkpoint."""
     write_hostfile(job, "node1")
-    shorter = Job(job.launcher, job.cluster, job.folder, job.log, job.more, [*job.words, "--max_steps", "30"])
+    shorter = Job(
+        job.launcher,
+        job.cluster,
+        job.folder,
+        job.log,
+        job.more,
+        [*job.words, "--max_steps", "30"],
+        patience=job.patience,
+    )
     shorter.start()
     if shorter.end(RUN_SECONDS) or "Resuming" not in shorter.text():
         raise Wrong("the remaining host did not continue")
@@ -216,7 +226,7 @@ def one_host_continues(job: Job) -> None:
 def requeued(job: Job) -> None:
     """Slurm runs the job again, which continues by itself."""
     assert job.slurm is not None
-    end = time.monotonic() + RUN_SECONDS
+    end = time.monotonic() + RUN_SECONDS * job.patience
     while job.slurm.state("1") not in ("COMPLETED", "FAILED"):
         if time.monotonic() > end:
             raise Wrong(f"the job is {job.slurm.state('1')}")
@@ -326,10 +336,11 @@ class Table:
 
     Args:
         folder: for the workplace and the logs.
+        patience: factor of all limits.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, patience: float) -> None:
+        self._folder, self._patience = folder, patience
         self._work = make_workplace(folder / "work")
         self._undisturbed: str | None = None
         self.rows: list[list[str]] = [["launcher", "scenario", "outcome", "seconds", "exit code"]]
@@ -342,7 +353,7 @@ class Table:
         shutil.rmtree(self._work / "runs", ignore_errors=True)
         outcome, seconds, code = "as expected", 0.0, ""
         with Cluster(scenario.hosts) as cluster:
-            job = Job(launcher, cluster, self._work, log)
+            job = Job(launcher, cluster, self._work, log, patience=self._patience)
             started = time.monotonic()
             try:
                 if launcher == SLURM:
@@ -386,13 +397,12 @@ class Table:
 
 
 def chosen(launcher: str | None, word: str) -> list[tuple[str, Scenario]]:
-    """The cells of the table. The first is always the undisturbed run with which others are compared."""
+    """The cells of the table. The first is the undisturbed run, if others are compared with it."""
     cells = [(name, scenario) for scenario in SCENARIOS for name in scenario.launchers]
-    return [
-        cell
-        for number, cell in enumerate(cells)
-        if number == 0 or ((launcher or cell[0]) == cell[0] and word in cell[1].name)
-    ]
+    found = [cell for cell in cells if (launcher or cell[0]) == cell[0] and word in cell[1].name]
+    if cells[0] not in found and any(scenario.same_weights for _, scenario in found):
+        found.insert(0, cells[0])
+    return found
 
 
 def main() -> None:
@@ -401,13 +411,16 @@ def main() -> None:
     parser.add_argument("--launcher", choices=ALL, help="only this one")
     parser.add_argument("--only", default="", metavar="WORD", help="only scenarios whose names have this word")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="new folder for the logs (default: removed)")
+    parser.add_argument(
+        "--patience", type=float, default=1.0, metavar="FACTOR", help="of all limits; for a busy machine"
+    )
     args = parser.parse_args()
     if reason := hosts.missing():
         parser.error(reason)
     without_slurm = missing_of_slurm()
     started = time.monotonic()
     folder = args.keep or Path(tempfile.mkdtemp(prefix="clusters-"))
-    table = Table(folder)
+    table = Table(folder, args.patience)
     for launcher, scenario in chosen(args.launcher, args.only):
         if launcher == SLURM and without_slurm:
             table.rows.append([launcher, scenario.name, f"skipped: {without_slurm}", "", ""])
