@@ -145,14 +145,16 @@ def test_a_host_that_was_cut_off_and_comes_back_writes_nothing(job, tmp_path):
     more = ["--resume", "auto", "--max_steps", 60, "--save_interval", 2]
     first, output = job.start(1, ALONE, *more, **path)
     job.wait_for("epoch-0_step-2", output)
-    (pid,) = json_pids(job, "node1")
+    (pid,) = writers(job)
     os.kill(pid, signal.SIGSTOP)
     second, other = job.start(2, ALONE, *more, **path)
     wait_for_line(other, "Resumed ")
     before = {
         entry.name: entry.stat().st_mtime_ns for entry in job.save_dir.iterdir() if entry.name.startswith("epoch")
     }
-    os.kill(pid, signal.SIGCONT)
+    # nsenter, which waits for it, has stopped with it.
+    for stopped in (pid, first.pid):
+        os.kill(stopped, signal.SIGCONT)
     assert first.wait(60) == 1, output()
     assert "has taken over the lock of this process on node1" in output() and "Traceback" not in output()
     assert second.wait(START_SECONDS) == 0, other()
@@ -162,8 +164,8 @@ def test_a_host_that_was_cut_off_and_comes_back_writes_nothing(job, tmp_path):
     assert [record["step"] for record in steps if "loss" in record] == list(range(1, 61))
 
 
-def json_pids(job, host):
-    """The processes that hold the lock on a host, as this machine counts them."""
+def writers(job):
+    """The processes of a run without a launcher, as this machine counts them."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
