@@ -260,6 +260,37 @@ def test_a_rank_that_dies_while_it_starts_ends_the_others(job):
     assert " died; nothing was trained, start again" in found and not job.save_dir.exists(), found
 
 
+def test_ranks_of_colossalai_run_end_with_its_connection(job, tmp_path):
+    """The ssh connection to node2 ends there. colossalai run itself does not notice it."""
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("node1\nnode2\n")
+    launcher = [Path(sys.executable).with_name("colossalai"), "run", "--hostfile", hostfile, "--nproc_per_node", 1]
+    _, output = job.start(1, [*launcher, "--master_addr", "node1"], "--save_interval", 2)
+    job.wait_for("epoch-0_step-2", output)
+    first = job.cluster.process(2)
+    sessions = [pid for pid in descendants(first) if name_of(pid).startswith("sshd")]
+    # The listening one is older than the one of the connection.
+    os.kill(max(sessions), signal.SIGKILL)
+    deadline = time.monotonic() + 60.0
+    while job.ranks():
+        assert time.monotonic() < deadline, output()
+        time.sleep(0.05)
+    assert not (job.save_dir / ".lock").exists() and "Traceback" not in output()
+
+
+def descendants(pid):
+    """All processes below one."""
+    return [found for child in children(pid) for found in (child, *descendants(child))]
+
+
+def name_of(pid):
+    """The name of a process; empty if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except FileNotFoundError:
+        return ""
+
+
 def test_another_version_of_the_package_on_one_host_is_refused(job, tmp_path):
     changed = tmp_path / "adam.py"
     changed.write_text((ROOT / "colossal_llama2" / "engine" / "adam.py").read_text() + "# another version\n")
