@@ -101,6 +101,13 @@ BENCHMARKS = {
         zero2, fp32 # # # #
         """,
     ),
+    "bench_checkpoints": Benchmark(
+        "--smallest",
+        """
+        MB per rank model held file loading ratio held file saving ratio
+        # M, zero2 # # # # # # # # #
+        """,
+    ),
     "bench_operations": Benchmark(
         "--smallest --places",
         """

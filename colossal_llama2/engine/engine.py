@@ -328,7 +328,7 @@ class Engine:
         from colossal_llama2.engine.patches import checkpoint_io
 
         with collectives.all_or_none(), checkpoint_io.safetensors_instead_of_pickle():
-            self._booster.save_optimizer(self.optimizer, folder, shard=True, size_per_shard=4096)
+            self._booster.save_optimizer(self.optimizer, folder, shard=True, size_per_shard=checkpoint_io.SHARD_MIB)
         with self.first_rank_only() as first:
             if first:
                 checkpoint_io.rename_optimizer_shards(folder)

@@ -134,6 +134,7 @@ class TrainConfig:
         world_size: number of processes of the job, or of the one that a dry run plans for.
         planned_ranks: the number that --num_ranks gives; None without the flag.
         timeout_seconds: how long ranks wait for each other.
+        has_tokenizer: False only in a dry run for a model without a tokenizer, which then is compared with nothing.
     """
 
     flags: Mapping[str, Any]
@@ -151,6 +152,7 @@ class TrainConfig:
     planned_ranks: int | None
     timeout_seconds: float
     chat: ChatData | None = None
+    has_tokenizer: bool = True
 
     def with_source(self, source: ModelSource) -> "TrainConfig":
         """The same settings for other weights.
