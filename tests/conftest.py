@@ -16,7 +16,18 @@ from tests.cluster import hosts
 
 ROOT = Path(__file__).resolve().parents[1]
 # Fixtures that launch training or start processes which import PyTorch: a test that uses one is slow.
-SLOW_FIXTURES = {"run_forked", "jobs", "ends", "workplace", "table", "cluster", "start", "start_forked", "make_cluster"}
+SLOW_FIXTURES = {
+    "run_forked",
+    "jobs",
+    "ends",
+    "workplace",
+    "table",
+    "cluster",
+    "start",
+    "start_forked",
+    "make_cluster",
+    "launch",
+}
 # Files that run complete commands, or kill them repeatedly.
 SLOW_FILES = {"test_console", "test_earlier_checkpoints", "test_prepare_restart"}
 # Two files run at a time, so the longest start first.

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from colossal_llama2.cli import data_flags, inference_flags, tokenizer_flags, train_flags
+from colossal_llama2.cli import cluster_flags, data_flags, inference_flags, tokenizer_flags, train_flags
 from colossal_llama2.cli.parser import CommandParser
 
 INTRODUCTION = """\
@@ -37,6 +37,7 @@ COMMANDS: dict[str, tuple[Callable[[], CommandParser], str | None]] = {
     "colossal_llama2.dataset.inspect_data": (data_flags.inspect_data_parser, None),
     "colossal_llama2.train.verify": (train_flags.verify_parser, None),
     "colossal_llama2.train.faster_precision": (train_flags.faster_precision_parser, None),
+    "colossal_llama2.train.doctor": (cluster_flags.doctor_parser, None),
     "colossal_llama2.train.selftest": (train_flags.selftest_parser, "train.py"),
 }
 TABLE_HEAD = ["| flag | default | meaning |", "|---|---|---|"]

@@ -12,6 +12,7 @@ so it gets the names alone, and a user or port has to be in ~/.ssh/config, which
 
 import argparse
 import concurrent.futures
+import contextlib
 import ipaddress
 import re
 import socket
@@ -145,6 +146,19 @@ def addresses(name: str) -> list[str] | str:
     except (OSError, UnicodeError) as error:
         return getattr(error, "strerror", None) or str(error)
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+
+def is_this_host(name: str) -> bool:
+    """Whether a name or address is one of this host: a socket can be bound to it."""
+    found = addresses(name)
+    if isinstance(found, str):
+        return False
+    for address in found:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind((address, 0))
+            return True
+    return False
 
 
 def is_loopback(address: str) -> bool:

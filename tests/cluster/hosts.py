@@ -213,6 +213,26 @@ class Cluster:
         """End the host and all of its processes at once, as a power failure does."""
         os.kill(self.process(host), signal.SIGKILL)
 
+    def ranks(self, host: int) -> list[int]:
+        """Numbers of the processes of train.py on a host, as this machine counts, without what they have started."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if not entry.name.isdecimal() or os.readlink(entry / "ns" / "pid") != self._processes_of(host):
+                    continue
+                words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                if "python" in words[0] and "train.py" in (words[1], words[2]):
+                    found.append(int(entry.name))
+        return sorted(found)
+
+    def _processes_of(self, host: int) -> str:
+        """What all processes of a host have in common."""
+        return os.readlink(f"/proc/{self.process(host)}/ns/pid")
+
+    def is_alive(self, host: int) -> bool:
+        """Whether a host was not killed."""
+        return Path(f"/proc/{self._processes[host]}/ns/pid").exists()
+
     def process(self, host: int) -> int:
         """Number of the host's first process, as this machine counts."""
         if host not in self._processes:
