@@ -412,6 +412,22 @@ def _add_evaluation_arguments(parser: CommandParser) -> None:
         "epoch and of the run",
     )
     evaluation.add(
+        "--eval_prompts",
+        metavar="FILE",
+        default=None,
+        needs=Need("needs --eval_dataset", lambda args: bool(args.eval_dataset)),
+        help="a few prompts, which the model answers at each evaluation, in the log, train_log.jsonl and TensorBoard: "
+        "a *.txt or *.jsonl file like --input_file of inference_example.py",
+    )
+    evaluation.add(
+        "--eval_prompt_tokens",
+        metavar="TOKENS",
+        type=positive_int,
+        default=64,
+        needs=Need("needs --eval_prompts", lambda args: bool(args.eval_prompts)),
+        help="tokens of an answer to --eval_prompts, at most",
+    )
+    evaluation.add(
         "--forgetting_alarm",
         metavar="NAME=SHARE",
         nargs="+",

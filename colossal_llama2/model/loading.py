@@ -2,7 +2,7 @@
 
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -157,23 +157,41 @@ def check_weights(path: StrPath) -> None:
     expected = dict(expected_shapes(fields))
     if fields["tie_word_embeddings"]:
         stored.pop(OUTPUT_EMBEDDING, None)
-    problems = [f"lacks {name}" for name in expected.keys() - stored.keys()]
-    problems += [f"has the unknown weight {shown(name)[1:-1]}" for name in stored.keys() - expected.keys()]
-    both = expected.keys() & stored.keys()
-    problems += [
-        f"has {name} of shape {stored[name].shape}, its config.json requires {expected[name]}"
-        for name in both
-        if stored[name].shape != expected[name]
-    ]
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(f"{path}: {sorted(problems)[0]}{more}; weights and config.json must be of the same model")
-    packed = sorted(name for name in both if stored[name].dtype not in FLOAT_DTYPES)
+    check_shapes(
+        stored,
+        expected,
+        f"{path}",
+        needed="its config.json requires",
+        cure="weights and config.json must be of the same model",
+    )
+    packed = sorted(name for name in expected if stored[name].dtype not in FLOAT_DTYPES)
     if packed:
         raise UserError(
             f"{path}: {packed[0]} is stored as {stored[packed[0]].dtype}, which is how quantized models are stored; "
             f"give the original model, in one of {', '.join(FLOAT_DTYPES)}"
         )
+
+
+def check_shapes(
+    stored: Mapping[str, StoredWeight], expected: Mapping[str, tuple[int, ...]], where: str, *, needed: str, cure: str
+) -> None:
+    """Raise UserError if a tensor is missing, unknown, or of another shape.
+
+    Args:
+        where: what stores them, for the message.
+        needed: the words before the right shape.
+        cure: the end of the message.
+    """
+    problems = [f"lacks {name}" for name in expected.keys() - stored.keys()]
+    problems += [f"has the unknown weight {shown(name)[1:-1]}" for name in stored.keys() - expected.keys()]
+    problems += [
+        f"has {name} of shape {stored[name].shape}, {needed} {expected[name]}"
+        for name in expected.keys() & stored.keys()
+        if stored[name].shape != expected[name]
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(f"{where}: {sorted(problems)[0]}{more}; {cure}")
 
 
 def layer_matrices(fields: dict[str, Any]) -> dict[str, tuple[int, int]]:

@@ -30,6 +30,7 @@ from colossal_llama2.train.checkpointing.resuming import Start
 from colossal_llama2.train.checkpointing.run_facts import RunFacts
 from colossal_llama2.train.checkpointing.small_files import json_bytes, model_files
 from colossal_llama2.train.checks import Checks, check_model_fits, check_tokenizer_fits
+from colossal_llama2.train.evaluation.answers import EvalPrompt, load_prompts
 from colossal_llama2.train.evaluation.evaluation_setup import load_eval_sets
 from colossal_llama2.train.evaluation.evaluator import LoadedSet
 from colossal_llama2.train.forecast import data_plan
@@ -53,12 +54,14 @@ class LoadedData:
             the first unless the order depends on lengths.
         buckets: the order of samples, if it is not one shuffle of everything.
         eval_sets: the samples of each --eval_dataset.
+        eval_prompts: those of --eval_prompts.
     """
 
     samples: "datasets.Dataset"
     measured: Sequence[MeasuredPart]
     buckets: Buckets | None
     eval_sets: list[LoadedSet]
+    eval_prompts: list[EvalPrompt]
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,8 @@ def _open_data(config: TrainConfig, checks: Checks) -> LoadedData | None:
     measured = checks(_measure, parts)
     buckets = checks(data_plan.buckets_of, parts, measured)
     eval_sets = checks(load_eval_sets, config)
-    return LoadedData(samples, measured or [], buckets, eval_sets or [])
+    eval_prompts = checks(load_prompts, config)
+    return LoadedData(samples, measured or [], buckets, eval_sets or [], eval_prompts or [])
 
 
 def _measure(data: Data) -> Sequence[MeasuredPart]:

@@ -15,6 +15,7 @@ from colossal_llama2.dataset.write.sample_lengths import check_max_length, check
 from colossal_llama2.encoding.folder_files import check_tokenizer_files
 from colossal_llama2.engine.settings import EngineSettings
 from colossal_llama2.errors import UserError
+from colossal_llama2.inference.prompt_file import FilePrompt, read_prompts
 from colossal_llama2.launcher import place
 from colossal_llama2.layer_matrices import LAYER_MATRICES
 from colossal_llama2.model.loading import check_model
@@ -35,6 +36,9 @@ from colossal_llama2.train.settings.config import (
 )
 from colossal_llama2.train.settings.flag_problems import flag_problems
 from colossal_llama2.train.settings.model_source import ModelSource, find_source, newest_source
+
+# All of their answers are logged.
+MOST_EVAL_PROMPTS = 32
 
 
 class Problems(list[str]):
@@ -182,7 +186,19 @@ def _evaluation(args: argparse.Namespace, problems: Problems) -> EvaluationConfi
         interval=args.eval_interval,
         limits={name: float(limit) for name, _, limit in limits},
         stops=args.on_forgetting == "stop",
+        prompts=problems.check(lambda: _eval_prompts(args.eval_prompts)) or (),
+        prompt_tokens=args.eval_prompt_tokens,
     )
+
+
+def _eval_prompts(path: str | None) -> list[FilePrompt]:
+    prompts = [] if path is None else read_prompts(Path(path), flag="--eval_prompts")
+    if len(prompts) > MOST_EVAL_PROMPTS:
+        raise UserError(
+            f"--eval_prompts {path}: has {len(prompts)} prompts; give at most {MOST_EVAL_PROMPTS}, since each "
+            "evaluation answers them"
+        )
+    return prompts
 
 
 def _check_pretrained(source: ModelSource, *, max_length: int, needs_weights: bool) -> None:
