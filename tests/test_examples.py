@@ -334,6 +334,17 @@ def test_a_slurm_job_requeues_itself_after_a_save(workplace):
     assert (workplace / "scontrol.txt").read_text() == "requeue 70007\n"
 
 
+def test_a_slurm_job_requeues_itself_after_a_fault_if_it_has_saved(workplace):
+    save = 'mkdir -p "runs/checkpoints/$RUN_NAME"; echo epoch-0_step-9 >"runs/checkpoints/$RUN_NAME/latest"'
+    process = start_job(workplace, f"{save}\nexit 1\n")
+    assert "exit code 1, after the checkpoint epoch-0_step-9; requeueing" in process.communicate(timeout=20)[0]
+    assert process.returncode == 1 and (workplace / "scontrol.txt").read_text() == "requeue 70007\n"
+    (workplace / "scontrol.txt").unlink()
+    # The same fault at the same place again.
+    process = start_job(workplace, f"{save}\nexit 1\n")
+    assert "requeueing" not in process.communicate(timeout=20)[0] and not (workplace / "scontrol.txt").exists()
+
+
 @pytest.mark.parametrize("code", [0, 1, 143])
 def test_a_slurm_job_that_is_done_or_has_failed_is_not_requeued(code, workplace):
     names = "LAUNCHER RUN_NAME RESUME NPROC_PER_NODE MASTER_PORT"

@@ -331,7 +331,12 @@ time.sleep(300)
 
 
 def test_only_a_launched_rank_ends_when_its_launcher_dies():
-    process = subprocess.Popen([sys.executable, "-c", LAUNCHER, RANK], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    """Nobody reads its errors any more: the launcher passed them on."""
+    readable, writable = os.pipe()
+    os.close(readable)
+    words = [sys.executable, "-c", LAUNCHER, RANK]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=writable, text=True)
+    os.close(writable)
     ranks = dict(process.stdout.readline().rsplit(" ", 1) for _ in range(2))
     assert set(ranks) == {"torchrun", "by hand"}
     process.kill()

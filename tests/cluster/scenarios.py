@@ -24,7 +24,7 @@ from pathlib import Path
 from colossal_llama2 import tables
 from tests.cluster import hosts
 from tests.cluster.hosts import Cluster
-from tests.cluster.slurm import Slurm
+from tests.cluster.slurm import CGROUP, LINUXPROC, Slurm
 from tests.cluster.slurm import missing as missing_of_slurm
 from tests.cluster.workplace import FLAGS, make_workplace, variables
 
@@ -73,7 +73,9 @@ class Job:
         if self.slurm is not None:
             del given["NPROC_PER_NODE"], given["LAUNCHER"]
             given |= self.slurm.environment | {"VIRTUAL_ENV": str(ENVIRONMENT)}
-            options = f"--nodes={self.cluster.count} --ntasks-per-node=1 --gpus-per-node=0 --cpus-per-task=1 --wait"
+            options = (
+                f"--nodes={min(self.cluster.count, 2)} --ntasks-per-node=1 --gpus-per-node=0 --cpus-per-task=1 --wait"
+            )
             command = ["sbatch", *options.split(), f"--output={self.log}", "train.sbatch", *FLAGS, *self.words]
         with self.log.open("ab") as log:
             self.process = self.cluster.popen(
@@ -139,6 +141,7 @@ class Scenario:
         after: what is done and compared when the command has ended.
         hosts: how many there are.
         seconds: how long the command may take, from the start, or from `during` on.
+        proctrack: how Slurm finds the processes of a job.
         same_weights: whether the final model is that of the undisturbed run.
     """
 
@@ -151,6 +154,7 @@ class Scenario:
     after: Callable[[Job], None] = lambda job: None
     hosts: int = 2
     seconds: float = LIMIT_SECONDS
+    proctrack: str = LINUXPROC
     same_weights: bool = False
 
 
@@ -328,6 +332,26 @@ SCENARIOS = (
         after=requeued,
         same_weights=True,
     ),
+    Scenario(
+        "host off, requeued on another",
+        0,
+        "Done: 96 steps",
+        (SLURM,),
+        hosts=3,
+        during=lambda job: job.cluster.kill(2),
+        seconds=RUN_SECONDS,
+        same_weights=True,
+    ),
+    Scenario(
+        "SIGUSR1, requeued (cgroup)",
+        0,
+        "requeueing job 1",
+        (SLURM,),
+        during=lambda job: job.signal_launch(signal.SIGUSR1),
+        after=requeued,
+        proctrack=CGROUP,
+        same_weights=True,
+    ),
 )
 
 
@@ -352,12 +376,13 @@ class Table:
         log = self._folder / f"{name}.log"
         shutil.rmtree(self._work / "runs", ignore_errors=True)
         outcome, seconds, code = "as expected", 0.0, ""
+        slurm: Slurm | None = None
         with Cluster(scenario.hosts) as cluster:
             job = Job(launcher, cluster, self._work, log, patience=self._patience)
             started = time.monotonic()
             try:
                 if launcher == SLURM:
-                    job.slurm = Slurm(cluster, self._folder / f"{name}-slurm")
+                    job.slurm = slurm = Slurm(cluster, self._folder / f"{name}-slurm", scenario.proctrack)
                 seconds, code = self._run(scenario, job)
             except Exception as error:
                 outcome, seconds = f"WRONG: {error}", seconds or time.monotonic() - started
@@ -365,6 +390,8 @@ class Table:
                 if not isinstance(error, Wrong):
                     traceback.print_exc()
                 print(f"--- the end of {log.name}:\n{job.text()[-3000:]}\n---", file=sys.stderr, flush=True)
+        if slurm is not None:
+            slurm.close()
         self.rows.append([launcher, scenario.name, outcome, f"{seconds:.1f}", code])
         print(" | ".join(self.rows[-1]), flush=True)
 
@@ -417,13 +444,12 @@ def main() -> None:
     args = parser.parse_args()
     if reason := hosts.missing():
         parser.error(reason)
-    without_slurm = missing_of_slurm()
     started = time.monotonic()
     folder = args.keep or Path(tempfile.mkdtemp(prefix="clusters-"))
     table = Table(folder, args.patience)
     for launcher, scenario in chosen(args.launcher, args.only):
-        if launcher == SLURM and without_slurm:
-            table.rows.append([launcher, scenario.name, f"skipped: {without_slurm}", "", ""])
+        if launcher == SLURM and (reason := missing_of_slurm(scenario.proctrack)):
+            table.rows.append([launcher, scenario.name, f"skipped: {reason}", "", ""])
         elif "tcsh" in scenario.name and not shutil.which("tcsh"):
             table.rows.append([launcher, scenario.name, "skipped: needs tcsh", "", ""])
         else:

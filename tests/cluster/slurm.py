@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from tests.cluster.hosts import PATH, Cluster
@@ -39,10 +40,15 @@ NodeName=node[1-{count}] CPUs=4 RealMemory=1000 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverTimeLimit=0
 """
 START_SECONDS = 30.0
+# Where proctrack/cgroup keeps the processes of a job; shared by all hosts, since cgroups know no namespaces here.
+FREEZER = Path("/sys/fs/cgroup/freezer")
+LINUXPROC, CGROUP = "proctrack/linuxproc", "proctrack/cgroup"
 
 
-def missing() -> str | None:
+def missing(proctrack: str = LINUXPROC) -> str | None:
     """Why no Slurm can be started here; None if it can."""
+    if proctrack == CGROUP and not os.access(FREEZER, os.W_OK):
+        return f"{CGROUP} needs the freezer of cgroup v1 at {FREEZER}"
     absent = [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]
     return f"needs {', '.join(absent)} (apt-get install slurm-wlm munge)" if absent else None
 
@@ -55,7 +61,7 @@ class Slurm:
         proctrack: how Slurm finds the processes of a job.
     """
 
-    def __init__(self, cluster: Cluster, folder: Path, proctrack: str = "proctrack/linuxproc") -> None:
+    def __init__(self, cluster: Cluster, folder: Path, proctrack: str = LINUXPROC) -> None:
         self._cluster, self.folder = cluster, folder
         (folder / "state").mkdir(parents=True)
         (folder / "munge.key").write_bytes(os.urandom(1024))
@@ -73,6 +79,14 @@ class Slurm:
             self._run(host, "bash", "-c", "mountpoint -q /sys/fs/cgroup || mount -t tmpfs cgroup /sys/fs/cgroup")
             self._run(host, "slurmd", "-N", cluster.name(host), "-f", self.environment["SLURM_CONF"])
         self._wait_for_nodes()
+
+    def close(self) -> None:
+        """Remove what outlives the hosts: empty groups of processes. Called when the hosts have ended."""
+        for host in range(1, self._cluster.count + 1):
+            top = FREEZER / f"slurm_{self._cluster.name(host)}"
+            for group, *_ in os.walk(top, topdown=False):
+                with suppress(OSError):
+                    os.rmdir(group)
 
     def run(self, *words: str, **more: str) -> str:
         """Run a command of Slurm on host 1, with further variables. Returns its output."""

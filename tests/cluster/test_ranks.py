@@ -10,11 +10,11 @@ from pathlib import Path
 
 import datasets
 import pytest
-from safetensors.torch import load_file
 
 from colossal_llama2.encoding.registry import load_encoder
 from tests import tiny
 from tests.conftest import ROOT
+from tests.test_launcher import parent_of
 from tests.test_run_lock import OTHER
 
 # Under a load of other tests, the imports of two ranks take a minute.
@@ -120,10 +120,6 @@ def wait_for_line(output, words, seconds=START_SECONDS):
     while words not in output():
         assert time.monotonic() < deadline, output()
         time.sleep(0.05)
-
-
-def weights(job):
-    return load_file(job.save_dir / "modeling" / "model.safetensors")
 
 
 def test_of_two_hosts_that_start_at_once_one_writes(make_cluster, tmp_path):
@@ -267,28 +263,15 @@ def test_ranks_of_colossalai_run_end_with_its_connection(job, tmp_path):
     launcher = [Path(sys.executable).with_name("colossalai"), "run", "--hostfile", hostfile, "--nproc_per_node", 1]
     _, output = job.start(1, [*launcher, "--master_addr", "node1"], "--save_interval", 2)
     job.wait_for("epoch-0_step-2", output)
-    first = job.cluster.process(2)
-    sessions = [pid for pid in descendants(first) if name_of(pid).startswith("sshd")]
-    # The listening one is older than the one of the connection.
-    os.kill(max(sessions), signal.SIGKILL)
+    # The rank's parent is torchrun, whose parent is the server of the connection.
+    server = parent_of(parent_of(job.ranks()[1]))
+    assert Path(f"/proc/{server}/comm").read_text().startswith("sshd")
+    os.kill(server, signal.SIGKILL)
     deadline = time.monotonic() + 60.0
     while job.ranks():
         assert time.monotonic() < deadline, output()
         time.sleep(0.05)
     assert not (job.save_dir / ".lock").exists() and "Traceback" not in output()
-
-
-def descendants(pid):
-    """All processes below one."""
-    return [found for child in children(pid) for found in (child, *descendants(child))]
-
-
-def name_of(pid):
-    """The name of a process; empty if it has ended."""
-    try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    except FileNotFoundError:
-        return ""
 
 
 def test_another_version_of_the_package_on_one_host_is_refused(job, tmp_path):

@@ -10,7 +10,6 @@ connection is gone, nobody sees the run any more, and a restart would find it in
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from colossal_llama2.launcher import BY_HAND, place
-from colossal_llama2.terminal_text import show_line
+from colossal_llama2.terminal_text import report_line
 
 LOOK_SECONDS = 0.5
 # Fields of /proc/PID/stat, counted from the one after the name.
@@ -57,7 +56,7 @@ def _wait(before: Callable[[], None]) -> None:
             time.sleep(LOOK_SECONDS)
     if here.local_rank == 0:
         # The log shows only warnings of rank 0, which may be on another host than the launcher that died.
-        show_line(f"warning: rank {here.rank}: {cause}: ending as on SIGTERM", file=sys.stderr)
+        report_line(f"warning: rank {here.rank}: {cause}: ending as on SIGTERM")
     before()
     os.kill(os.getpid(), signal.SIGTERM)
 

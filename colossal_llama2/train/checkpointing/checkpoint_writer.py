@@ -109,7 +109,7 @@ class CheckpointWriter:
             expected_bytes: size of a checkpoint, as far as it is known before the first is written.
         """
         self._engine, self._folder, self._content = engine, folder, content
-        self._partial_suffix = f".{collectives.first_rank_value(secrets.token_hex(4))}{PARTIAL_SUFFIX}"
+        self._partial_suffix = partial_suffix()
         self._expected_bytes, self._expected_files = expected_bytes, LEAST_FILES + engine.world_size
         # Read now: the checkpoint that the run resumed may be removed or moved during the run.
         self._model_files: dict[str, bytes] = {}
@@ -242,6 +242,11 @@ class CheckpointWriter:
                 self._folder.check_held()
                 checkpoint_files.publish_checkpoint(partial, final)
         self._expected_bytes, self._expected_files = sum(sizes.values()), len(sizes) + OTHER_FILES
+
+
+def partial_suffix() -> str:
+    """What follows the name of a checkpoint while this job writes it. Called on all ranks."""
+    return f".{collectives.first_rank_value(secrets.token_hex(4))}{PARTIAL_SUFFIX}"
 
 
 def checkpoint_bytes(model: ModelFacts, settings: EngineSettings) -> int:

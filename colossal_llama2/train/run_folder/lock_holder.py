@@ -19,7 +19,7 @@ from colossal_llama2 import logs
 from colossal_llama2.errors import RunError, reason
 from colossal_llama2.launcher import report_to_torchrun
 from colossal_llama2.storage.files import errors_naming
-from colossal_llama2.terminal_text import show_line
+from colossal_llama2.terminal_text import report_line
 from colossal_llama2.train.run_folder.lock_claim import WAIT_OR_STOP, Claim, Flock
 from colossal_llama2.train.run_folder.lock_reach import Mount
 from colossal_llama2.train.run_folder.lock_record import LockRecord, read_record
@@ -191,8 +191,7 @@ class HeldLock:
     def _end_process(self, owner: LockRecord | None) -> NoReturn:
         text = f"{Path(sys.argv[0]).name}: error: {self._loss(owner)}"
         report_to_torchrun(text)
-        with suppress(OSError):
-            show_line(text, file=sys.stderr)
+        report_line(text)
         os._exit(1 if self._is_settled else 2)
 
 
