@@ -1,0 +1,144 @@
+"""A probe of in-context learning that needs no data: a model that only knows its language cannot answer it.
+
+Held-out loss may stay the same while a model loses the ability to use its context (Elhady, Agirre and Artetxe 2025,
+"Emergent Abilities of Large Language Models under Continued Pretraining for Language Adaptation"). All items are made
+of random ordinary tokens, by seed:
+
+    copy        a b c d ... a b c ->  d       a block of tokens and its repetition up to some token
+    induction   ... a b ... a     ->  b       a token that occurred before is followed by what followed it then
+    retrieval   k v, k v, ... k   ->  v       pairs of key and value between two separators, then one of the keys
+
+An item is right if the token has the largest logit among those of its kind in the context, so chance is 1 in their
+number.
+"""
+
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from colossal_llama2.errors import UserError
+from colossal_llama2.evaluation.task import ACCURACY, Row
+from colossal_llama2.inference.prompt_batch import PromptBatch
+from colossal_llama2.inference.prompts import first_mark
+from colossal_llama2.model.positions import positions_of
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+    from colossal_llama2.inference.prompt_batch import SharedStates
+
+KINDS = ("copy", "induction", "retrieval")
+ITEMS = 300
+# Tokens of a block to copy, tokens before the repeated one, and pairs.
+BLOCK, CONTEXT, PAIRS = 32, 64, 16
+# From how many different tokens the items are made.
+VOCABULARY = 1000
+LEAST_VOCABULARY = 2 * CONTEXT
+
+
+class Probe(NamedTuple):
+    """An item: its context, the tokens to choose from, and which of them is right."""
+
+    context: list[int]
+    candidates: list[int]
+    answer: int
+
+
+class IclTask:
+    """The probe; see `Task`. Items are of the three kinds by turns."""
+
+    name, metric, num_fewshot = "icl", ACCURACY, None
+
+    def __init__(self, *, seed: int, limit: int | None):
+        self._seed = seed
+        self.subjects = [KINDS[number % len(KINDS)] for number in range(min(limit or ITEMS, ITEMS))]
+        self.left_out: dict[str, int] = {}
+
+    @property
+    def definition(self) -> Any:
+        """Seed and sizes."""
+        return [self.name, self._seed, len(self.subjects), BLOCK, CONTEXT, PAIRS, VOCABULARY]
+
+    def prepare(self, model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase", folder: str) -> "_Prepared":
+        """The items in the model's own tokens. Raises UserError if there are too few, or the context is too short."""
+        return _Prepared(model, tokenizer, self._seed, self.subjects)
+
+
+class _Prepared:
+    new_tokens = 1
+
+    def __init__(
+        self, model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase", seed: int, kinds: Sequence[str]
+    ):
+        self._model = model
+        tokens = ordinary_tokens(tokenizer, model.get_input_embeddings().num_embeddings, seed=seed)
+        mark = first_mark(tokenizer)
+        opening = [] if mark is None else [mark]
+        self._probes = [make_probe(kind, tokens, f"{seed} {number}") for number, kind in enumerate(kinds)]
+        self.rows = [Row(number, [*opening, *probe.context], None, {}) for number, probe in enumerate(self._probes)]
+        longest, context = max(len(row.ids) for row in self.rows), positions_of(model.config)
+        if longest > context:
+            raise UserError(
+                f"icl: its items have up to {longest} tokens, the model's context has {context}; leave it out"
+            )
+
+    def compute(self, rows: Sequence[Row], shared: "SharedStates | None") -> list[dict[str, Any]]:
+        logits = PromptBatch(self._model, [row.ids for row in rows], shared=shared).logits()
+        found = []
+        for row, scores in zip(rows, logits, strict=True):
+            probe = self._probes[row.item]
+            among = scores[probe.candidates].float().tolist()
+            choice = among.index(max(among))
+            chance = 1 / len(among)
+            found.append(
+                {
+                    "logits": among,
+                    "choice": choice,
+                    "answer": probe.answer,
+                    "is_correct": choice == probe.answer,
+                    "chance": chance,
+                }
+            )
+        return found
+
+
+def ordinary_tokens(tokenizer: "PreTrainedTokenizerBase", rows: int, *, seed: int) -> list[int]:
+    """Some tokens that are letters, with or without a space in front, by seed; none has an id of `rows` or more.
+
+    Raises:
+        UserError: the tokenizer has too few.
+    """
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    ids = list(range(min(len(tokenizer), rows)))
+    random.Random(f"{seed} tokens").shuffle(ids)
+    found: list[int] = []
+    for token in ids:
+        if token not in special and tokenizer.decode([token]).strip().isalpha():
+            found.append(token)
+        if len(found) == VOCABULARY:
+            break
+    if len(found) < LEAST_VOCABULARY:
+        raise UserError(
+            f"icl: needs {LEAST_VOCABULARY} tokens of letters, the tokenizer has {len(found)}; leave it out"
+        )
+    return found
+
+
+def make_probe(kind: str, tokens: Sequence[int], seed: str) -> Probe:
+    """An item of one of `KINDS`."""
+    chance = random.Random(seed)
+    if kind == "copy":
+        block = chance.sample(tokens, BLOCK)
+        place = chance.randrange(BLOCK // 2, BLOCK)
+        return Probe([*block, *block[:place]], block, place)
+    if kind == "induction":
+        context = chance.sample(tokens, CONTEXT)
+        place = chance.randrange(CONTEXT - 1)
+        return Probe([*context, context[place]], context, place + 1)
+    drawn = chance.sample(tokens, 2 * PAIRS + 2)
+    keys, values, separators = drawn[:PAIRS], drawn[PAIRS : 2 * PAIRS], drawn[2 * PAIRS :]
+    pairs = [
+        token for key, value in zip(keys, values, strict=True) for token in (key, separators[0], value, separators[1])
+    ]
+    place = chance.randrange(PAIRS)
+    return Probe([*pairs, keys[place], separators[0]], values, place)
