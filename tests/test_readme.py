@@ -22,8 +22,8 @@ PAGES = [
     *(
         f"docs/{name}.md"
         for name in (
-            "install vocabulary data training parallelism checkpoints recipe inference first_gpu_run troubleshooting "
-            "flags equality training_step benchmarks differences architecture"
+            "install vocabulary data training parallelism checkpoints recipe inference evaluation first_gpu_run "
+            "troubleshooting flags equality training_step benchmarks differences architecture"
         ).split()
     ),
     "CONTRIBUTING.md",

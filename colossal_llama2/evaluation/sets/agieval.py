@@ -60,7 +60,7 @@ def _read(
         if len(label) != 1:
             return "with several right answers"
         label = label[0]
-    texts = {"question": record.get("question"), "label": label, "passage": record.get("passage") or ""}
+    texts: dict[str, Any] = {"question": record.get("question"), "label": label, "passage": record.get("passage") or ""}
     for name, value in texts.items():
         if not isinstance(value, str):
             raise UserError(f'{where}: "{name}" must be a string; copy the file again from its source')
