@@ -105,6 +105,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         "dtype": "fp32",
         "batch_size": 0,
         "output_file": None,
+        "write_card": False,
         "by_subject": False,
     }
     model, tokenizer = load_model(str(args.model_path), "cpu", dtype="fp32")
@@ -199,6 +200,14 @@ def judged(ours: dict, theirs: dict[str, Any], seconds: dict[str, float]) -> dic
         same = sum(record["text"].strip() == text.strip() for record, text in zip(records, texts, strict=True))
         speed = theirs["answer_seconds"] / seconds[ANSWER_TASK]
         lines.append(f"{ANSWER_TASK}: same answer to {same} of {len(records)}")
+        pairs = [(record["text"].strip(), text.strip()) for record, text in zip(records, texts, strict=True)]
+        for number, (our_text, their_text) in enumerate(pairs):
+            if our_text != their_text:
+                place = next(
+                    (n for n, pair in enumerate(zip(our_text, their_text, strict=False)) if pair[0] != pair[1]),
+                    min(len(our_text), len(their_text)),
+                )
+                lines.append(f"  {number}: at {place}: {our_text[place:][:40]!r}, lm-eval {their_text[place:][:40]!r}")
         lines.append(
             f"{ANSWER_TASK}: {seconds[ANSWER_TASK]:.1f} s, lm-eval {theirs['answer_seconds']:.1f} s: {speed:.2f}"
         )

@@ -51,7 +51,7 @@ def draw_scores(bars: Sequence[Bar], path: Path) -> None:
                 axes.set_ylim(0, 1)
         style.add_legend(all_axes[-1], [(entries[model], style.label(model)) for model in models if model in entries])
 
-    style.write_picture(path, draw, title="evaluation: score and standard error", needed_for=NEEDED_FOR)
+    style.write_picture(path, draw, title="score and standard error; dashed: chance", needed_for=NEEDED_FOR)
 
 
 def _draw_bars(axes: "Axes", bars: Sequence[Bar], groups: Sequence[str], models: Sequence[str]) -> dict[str, object]:

@@ -82,4 +82,10 @@ def _add_how(parser: CommandParser) -> None:
         help="jsonl to which every item is appended with its logits or its answer; the same command continues it. "
         "FILE.json beside it gets the table's figures, and FILE.png a chart",
     )
+    group.add(
+        "--write_card",
+        action="store_true",
+        help="put the results into the model card, README.md in each model's folder: a table, and the model-index that "
+        "hubs read. What an earlier evaluation put there is replaced",
+    )
     group.add("--by_subject", action="store_true", help="print a line for each subject too")

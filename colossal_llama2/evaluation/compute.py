@@ -86,8 +86,8 @@ class _Computer:
                 "item": row.item,
                 "subject": self._task.subjects[row.item],
                 **row.notes,
-                **fields,
                 "tokens": len(row.ids),
+                **fields,
                 "seconds": round(seconds, SECOND_DIGITS),
             }
             for row, fields in zip(batch.rows, found, strict=True)

@@ -2,14 +2,14 @@
 
 Held-out loss may stay the same while a model loses the ability to use its context (Elhady, Agirre and Artetxe 2025,
 "Emergent Abilities of Large Language Models under Continued Pretraining for Language Adaptation"). All items are made
-of random ordinary tokens, by seed:
+of random common words, by seed:
 
-    copy        a b c d ... a b c ->  d       a block of tokens and its repetition up to some token
-    induction   ... a b ... a     ->  b       a token that occurred before is followed by what followed it then
-    retrieval   k v, k v, ... k   ->  v       pairs of key and value between two separators, then one of the keys
+    copy        a b c d ... a b c     ->  d   a block of words and its repetition up to some word
+    induction   .. a b .. a b ... a   ->  b   a word that was always followed by the same one, among others
+    retrieval   k v, k v, ... k       ->  v   pairs of key and value between two separators, then one of the keys
 
-An item is right if the token has the largest logit among those of its kind in the context, so chance is 1 in their
-number.
+An item is right if the word has the largest logit among those that could be meant, so chance is 1 in their number. The
+words are the first of the vocabulary, which a tokenizer that extends another one has too: both get the same items.
 """
 
 import random
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from colossal_llama2.errors import UserError
-from colossal_llama2.evaluation.task import ACCURACY, Row
+from colossal_llama2.evaluation.task import ACCURACY, Row, checked_finite
 from colossal_llama2.inference.prompt_batch import PromptBatch
 from colossal_llama2.inference.prompts import first_mark
 from colossal_llama2.model.positions import positions_of
@@ -29,11 +29,12 @@ if TYPE_CHECKING:
 
 KINDS = ("copy", "induction", "retrieval")
 ITEMS = 300
-# Tokens of a block to copy, tokens before the repeated one, and pairs.
-BLOCK, CONTEXT, PAIRS = 32, 64, 16
-# From how many different tokens the items are made.
-VOCABULARY = 1000
+# Words of a block to copy, different words around the repeated two and how often these occur, and pairs.
+BLOCK, CONTEXT, REPEATS, PAIRS = 32, 64, 4, 8
+# From how many different words the items are made. A shorter word may be a part of a longer one.
+VOCABULARY, LEAST_LETTERS = 1000, 3
 LEAST_VOCABULARY = 2 * CONTEXT
+WORD_STARTS = ("▁", "Ġ")
 
 
 class Probe(NamedTuple):
@@ -57,7 +58,7 @@ class IclTask:
     @property
     def definition(self) -> Any:
         """Seed and sizes."""
-        return [self.name, self._seed, len(self.subjects), BLOCK, CONTEXT, PAIRS, VOCABULARY]
+        return [self.name, self._seed, len(self.subjects), BLOCK, CONTEXT, REPEATS, PAIRS, VOCABULARY]
 
     def prepare(self, model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase", folder: str) -> "_Prepared":
         """The items in the model's own tokens. Raises UserError if there are too few, or the context is too short."""
@@ -71,7 +72,7 @@ class _Prepared:
         self, model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase", seed: int, kinds: Sequence[str]
     ):
         self._model = model
-        tokens = ordinary_tokens(tokenizer, model.get_input_embeddings().num_embeddings, seed=seed)
+        tokens = common_words(tokenizer, model.get_input_embeddings().num_embeddings)
         mark = first_mark(tokenizer)
         opening = [] if mark is None else [mark]
         self._probes = [make_probe(kind, tokens, f"{seed} {number}") for number, kind in enumerate(kinds)]
@@ -87,7 +88,7 @@ class _Prepared:
         found = []
         for row, scores in zip(rows, logits, strict=True):
             probe = self._probes[row.item]
-            among = scores[probe.candidates].float().tolist()
+            among = checked_finite(scores[probe.candidates].float().tolist())
             choice = among.index(max(among))
             chance = 1 / len(among)
             found.append(
@@ -102,21 +103,26 @@ class _Prepared:
         return found
 
 
-def ordinary_tokens(tokenizer: "PreTrainedTokenizerBase", rows: int, *, seed: int) -> list[int]:
-    """Some tokens that are letters, with or without a space in front, by seed; none has an id of `rows` or more.
+def common_words(tokenizer: "PreTrainedTokenizerBase", rows: int) -> list[int]:
+    """The first tokens of the vocabulary that are a word with a space in front; none has an id of `rows` or more.
+
+    A vocabulary with few words, such as one of a language without spaces, is filled up with other tokens of letters.
 
     Raises:
-        UserError: the tokenizer has too few.
+        UserError: the tokenizer has too few of both.
     """
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    ids = list(range(min(len(tokenizer), rows)))
-    random.Random(f"{seed} tokens").shuffle(ids)
-    found: list[int] = []
-    for token in ids:
-        if token not in special and tokenizer.decode([token]).strip().isalpha():
-            found.append(token)
-        if len(found) == VOCABULARY:
+    words: list[int] = []
+    others: list[int] = []
+    for token in range(min(len(tokenizer), rows)):
+        text = tokenizer.decode([token]).strip()
+        if token in special or not text.isalpha():
+            continue
+        starts = str(tokenizer.convert_ids_to_tokens(token)).startswith(WORD_STARTS)
+        (words if starts and len(text) >= LEAST_LETTERS else others).append(token)
+        if len(words) == VOCABULARY:
             break
+    found = [*words, *others][:VOCABULARY]
     if len(found) < LEAST_VOCABULARY:
         raise UserError(
             f"icl: needs {LEAST_VOCABULARY} tokens of letters, the tokenizer has {len(found)}; leave it out"
@@ -132,9 +138,15 @@ def make_probe(kind: str, tokens: Sequence[int], seed: str) -> Probe:
         place = chance.randrange(BLOCK // 2, BLOCK)
         return Probe([*block, *block[:place]], block, place)
     if kind == "induction":
-        context = chance.sample(tokens, CONTEXT)
-        place = chance.randrange(CONTEXT - 1)
-        return Probe([*context, context[place]], context, place + 1)
+        drawn = chance.sample(tokens, CONTEXT)
+        pair, others = drawn[:2], drawn[2:]
+        # One pair at a random place of each part of the context, and words between them.
+        length = len(others) // REPEATS
+        context: list[int] = []
+        for start in range(0, REPEATS * length, length):
+            place = start + chance.randrange(1, length)
+            context += [*others[start:place], *pair, *others[place : start + length]]
+        return Probe([*context, pair[0]], drawn, 1)
     drawn = chance.sample(tokens, 2 * PAIRS + 2)
     keys, values, separators = drawn[:PAIRS], drawn[PAIRS : 2 * PAIRS], drawn[2 * PAIRS :]
     pairs = [

@@ -9,7 +9,7 @@ from colossal_llama2.evaluation.choice_tokens import ChoiceTokens, find_choice_t
 from colossal_llama2.evaluation.sets.gsm8k import NEXT_QUESTION, final_number
 from colossal_llama2.evaluation.sets.questions import LETTERS, Question, QuestionSet
 from colossal_llama2.evaluation.sets.registry import CHOICE, COMBINED, FINAL_NUMBER, EvaluationSet
-from colossal_llama2.evaluation.task import ACCURACY, Row
+from colossal_llama2.evaluation.task import ACCURACY, Row, checked_finite
 from colossal_llama2.inference.generation import generate_tokens
 from colossal_llama2.inference.prompt_batch import PromptBatch
 from colossal_llama2.inference.prompts import text_ids
@@ -113,6 +113,7 @@ class _Prepared:
         return logits[:, list(self._choices.ids)].float().tolist()
 
     def _chosen(self, row: Row, scores: list[float]) -> dict[str, Any]:
+        checked_finite(scores)
         choice, answer = LETTERS[scores.index(max(scores))], self._questions[row.item].answer
         return {"logits": scores, "choice": choice, "answer": answer, "is_correct": choice == answer}
 

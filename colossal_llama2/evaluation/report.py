@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from colossal_llama2.charts.scores import Bar, draw_scores
-from colossal_llama2.evaluation.results import Result, Score
-from colossal_llama2.evaluation.task import BITS
+from colossal_llama2.evaluation.results import Result, Score, figures
 from colossal_llama2.logs import get_logger
 from colossal_llama2.storage.files import replace_file, to_json
 from colossal_llama2.tables import print_table
@@ -30,14 +29,7 @@ def print_results(results: Sequence[Result], *, by_subject: bool) -> None:
 
 def _row(result: Result, name: str, score: Score, speed: str = "") -> Sequence[str]:
     shots = "" if result.num_fewshot is None else str(result.num_fewshot)
-    return (result.model, name, shots, f"{score.items:,}", result.metric, *_figures(result, score), speed)
-
-
-def _figures(result: Result, score: Score) -> tuple[str, str]:
-    """A score and its error as people read them: percent, or bits per byte."""
-    if result.metric == BITS:
-        return f"{score.value:.4f}", "" if score.error is None else f"{score.error:.4f}"
-    return f"{score.value:.1%}", "" if score.error is None else f"{score.error:.1%}"
+    return (result.model, name, shots, f"{score.items:,}", result.metric, *figures(result, score), speed)
 
 
 def _notes(results: Sequence[Result]) -> Iterator[str]:

@@ -102,3 +102,10 @@ def _bits(records: Sequence[Mapping[str, Any]]) -> Score:
     ratio = bits / size
     squares = math.fsum((record["bits"] - ratio * record["bytes"]) ** 2 for record in records)
     return Score(ratio, math.sqrt(squares * count / (count - 1)) / size if count > 1 else None, count)
+
+
+def figures(result: Result, score: Score) -> tuple[str, str]:
+    """A score and its error as people read them: percent, or bits per byte."""
+    if result.metric == BITS:
+        return f"{score.value:.4f}", "" if score.error is None else f"{score.error:.4f}"
+    return f"{score.value:.1%}", "" if score.error is None else f"{score.error:.1%}"

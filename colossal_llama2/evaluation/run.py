@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from colossal_llama2.evaluation import ranks
+from colossal_llama2.evaluation.card import write_card
 from colossal_llama2.evaluation.compute import Record, records_of
 from colossal_llama2.evaluation.report import print_results, write_results
 from colossal_llama2.evaluation.results import result_of
@@ -150,6 +151,9 @@ class _Job:
         ]
         get_logger().info(f"{counted(len(self._records), 'item')} evaluated")
         print_results(results, by_subject=self._settings.by_subject)
+        if self._settings.write_card:
+            for model in self._models:
+                write_card(model.folder, [result for result in results if result.model == model.name])
         if self._settings.output_file is not None:
             dtype = self._file.dtype if self._file else None
             write_results(results, self._settings.output_file, {**self._decides, "dtype": dtype})

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from colossal_llama2.errors import UserError
+from colossal_llama2.evaluation.card import check_card
 from colossal_llama2.inference.loading import refuse_missing_folder
 from colossal_llama2.storage.output_paths import check_output_file
 from colossal_llama2.task_names import BITS_PER_BYTE, ICL
@@ -26,6 +27,7 @@ class EvaluationSettings:
         device, dtype: as for inference_example.py.
         batch_size: items that are computed together; None for as many as lengths and memory allow.
         output_file: the jsonl of items.
+        write_card: whether the results go into the model card of each folder.
         by_subject: whether the table has a line for each subject.
     """
 
@@ -38,6 +40,7 @@ class EvaluationSettings:
     dtype: str
     batch_size: int | None
     output_file: Path | None
+    write_card: bool
     by_subject: bool
 
     @classmethod
@@ -52,6 +55,9 @@ class EvaluationSettings:
         output_file = None if flags["output_file"] is None else Path(flags["output_file"])
         if output_file is not None:
             _check_output(output_file)
+        if flags["write_card"]:
+            for path in paths:
+                check_card(path)
         return cls(
             model_paths=tuple(paths),
             tasks=tuple((name, _place(name, path, flags["data_dir"])) for name, path in flags["tasks"]),
@@ -62,6 +68,7 @@ class EvaluationSettings:
             dtype=flags["dtype"],
             batch_size=flags["batch_size"] or None,
             output_file=output_file,
+            write_card=flags["write_card"],
             by_subject=flags["by_subject"],
         )
 

@@ -1,7 +1,10 @@
 """What all tasks have in common: items that are counted without torch, and rows of ids that a model computes."""
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from colossal_llama2.errors import RunError
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
@@ -25,6 +28,16 @@ class Row(NamedTuple):
     ids: Sequence[int]
     group: Hashable
     notes: Mapping[str, Any]
+
+
+def checked_finite(values: list[float]) -> list[float]:
+    """Logits or bits of an item. Raises RunError if one is NaN/Inf: none of them would be comparable."""
+    if not all(map(math.isfinite, values)):
+        raise RunError(
+            "the model computes NaN/Inf; what was computed before is kept. Give --dtype fp32 or bf16, or a model whose "
+            "weights are not damaged"
+        )
+    return values
 
 
 class PreparedTask(Protocol):

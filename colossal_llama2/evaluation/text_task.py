@@ -20,7 +20,7 @@ from colossal_llama2.dataset.write.splicing import piece_lengths
 from colossal_llama2.dataset.write.tokenization import pretrain_token_bytes, tokenize_pretrain
 from colossal_llama2.encoding.registry import shared_encoder
 from colossal_llama2.errors import UserError
-from colossal_llama2.evaluation.task import BITS, Row
+from colossal_llama2.evaluation.task import BITS, Row, checked_finite
 from colossal_llama2.model.positions import positions_of
 from colossal_llama2.storage.files import read_jsonl
 from colossal_llama2.storage.input_files import ANY_SIZE, check_regular
@@ -101,7 +101,7 @@ class _Prepared:
         ]
 
     def compute(self, rows: Sequence[Row], shared: "SharedStates | None") -> list[dict[str, Any]]:
-        """For each text: bits, predicted tokens, and their bytes."""
+        """For each text: bits, predicted tokens, and their bytes. Raises RunError as `checked_finite`."""
         pieces = [(place, *bounds) for place, row in enumerate(rows) for bounds in self._pieces(row.item)]
         sums = [[0.0, 0, 0] for _ in rows]
         for some in _batched(pieces, len(rows)):
@@ -113,7 +113,15 @@ class _Prepared:
                 sums[place][0] += float(nats.numpy()[labels != IGNORE_INDEX].sum()) / math.log(2)
                 sums[place][1] += int((labels != IGNORE_INDEX).sum())
                 sums[place][2] += int(self._bytes[item][start + 1 : stop].sum())
-        return [{"bits": bits, "predicted": predicted, "bytes": size} for bits, predicted, size in sums]
+        return [
+            {
+                "tokens": len(self._tokens[row.item].input_ids),
+                "bits": checked_finite([bits])[0],
+                "predicted": predicted,
+                "bytes": size,
+            }
+            for row, (bits, predicted, size) in zip(rows, sums, strict=True)
+        ]
 
     def _pieces(self, item: int) -> Iterable[tuple[int, int]]:
         lengths = piece_lengths(len(self._tokens[item].input_ids), max_length=self._context)
