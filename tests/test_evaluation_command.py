@@ -145,7 +145,7 @@ def test_examples_are_dropped_from_the_front_where_the_context_is_full(loaded, s
 def test_random_weights_are_at_chance_in_the_probe(loaded):
     task = IclTask(seed=1, limit=90)
     score = result_of("m", task, records(loaded, task))
-    assert score.score.value < 0.2 and score.chance == pytest.approx((1 / 32 + 1 / 64 + 1 / 8) / 3)
+    assert score.score.value < 0.2 and score.chance == pytest.approx((1 / 32 + 1 / 64 + 1 / 16) / 3)
     assert list(score.subjects) == ["copy", "induction", "retrieval"]
 
 
@@ -155,15 +155,15 @@ def test_probes_have_one_right_answer():
     tokens = range(1000, 1200)
     for number in range(30):
         for kind in KINDS:
-            probe = make_probe(kind, tokens, f"{number}")
-            assert make_probe(kind, tokens, f"{number}") == probe
+            probe = make_probe(kind, tokens, f"{number}", (7, 8))
+            assert make_probe(kind, tokens, f"{number}", (7, 8)) == probe
             *context, last = probe.context
             right = probe.candidates[probe.answer]
             if kind == "retrieval":
                 asked = probe.context[-2]
                 place = context.index(asked)
                 assert context[place + 1] == last and context[place + 2] == right
-                assert len(probe.candidates) == 8
+                assert len(probe.candidates) == 16
             else:
                 places = [place for place, token in enumerate(context) if token == last]
                 assert len(places) == {"copy": 1, "induction": 4}[kind]

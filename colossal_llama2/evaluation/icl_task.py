@@ -6,7 +6,7 @@ of random common words, by seed:
 
     copy        a b c d ... a b c     ->  d   a block of words and its repetition up to some word
     induction   .. a b .. a b ... a   ->  b   a word that was always followed by the same one, among others
-    retrieval   k v, k v, ... k       ->  v   pairs of key and value between two separators, then one of the keys
+    retrieval   k:v  k:v  ...  k:     ->  v   lines of a key, a colon and a value, then one of the keys
 
 An item is right if the word has the largest logit among those that could be meant, so chance is 1 in their number. The
 words are the first of the vocabulary, which a tokenizer that extends another one has too: both get the same items.
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 KINDS = ("copy", "induction", "retrieval")
 ITEMS = 300
 # Words of a block to copy, different words around the repeated two and how often these occur, and pairs.
-BLOCK, CONTEXT, REPEATS, PAIRS = 32, 64, 4, 8
+BLOCK, CONTEXT, REPEATS, PAIRS = 32, 64, 4, 16
 # From how many different words the items are made. A shorter word may be a part of a longer one.
 VOCABULARY, LEAST_LETTERS = 1000, 3
 LEAST_VOCABULARY = 2 * CONTEXT
@@ -75,7 +75,11 @@ class _Prepared:
         tokens = common_words(tokenizer, model.get_input_embeddings().num_embeddings)
         mark = first_mark(tokenizer)
         opening = [] if mark is None else [mark]
-        self._probes = [make_probe(kind, tokens, f"{seed} {number}") for number, kind in enumerate(kinds)]
+        # How a colon and a line feed continue a text; a tokenizer may have other tokens for them at its beginning.
+        colon, line_feed = (tokenizer(f"a{mark}")["input_ids"][-1] for mark in (":", "\n"))
+        self._probes = [
+            make_probe(kind, tokens, f"{seed} {number}", (colon, line_feed)) for number, kind in enumerate(kinds)
+        ]
         self.rows = [Row(number, [*opening, *probe.context], None, {}) for number, probe in enumerate(self._probes)]
         longest, context = max(len(row.ids) for row in self.rows), positions_of(model.config)
         if longest > context:
@@ -130,8 +134,8 @@ def common_words(tokenizer: "PreTrainedTokenizerBase", rows: int) -> list[int]:
     return found
 
 
-def make_probe(kind: str, tokens: Sequence[int], seed: str) -> Probe:
-    """An item of one of `KINDS`."""
+def make_probe(kind: str, tokens: Sequence[int], seed: str, marks: tuple[int, int]) -> Probe:
+    """An item of one of `KINDS`. `marks` are the tokens of a colon and a line feed."""
     chance = random.Random(seed)
     if kind == "copy":
         block = chance.sample(tokens, BLOCK)
@@ -147,10 +151,8 @@ def make_probe(kind: str, tokens: Sequence[int], seed: str) -> Probe:
             place = start + chance.randrange(1, length)
             context += [*others[start:place], *pair, *others[place : start + length]]
         return Probe([*context, pair[0]], drawn, 1)
-    drawn = chance.sample(tokens, 2 * PAIRS + 2)
-    keys, values, separators = drawn[:PAIRS], drawn[PAIRS : 2 * PAIRS], drawn[2 * PAIRS :]
-    pairs = [
-        token for key, value in zip(keys, values, strict=True) for token in (key, separators[0], value, separators[1])
-    ]
+    drawn = chance.sample(tokens, 2 * PAIRS)
+    keys, values = drawn[:PAIRS], drawn[PAIRS:]
+    pairs = [token for key, value in zip(keys, values, strict=True) for token in (key, marks[0], value, marks[1])]
     place = chance.randrange(PAIRS)
-    return Probe([*pairs, keys[place], separators[0]], values, place)
+    return Probe([*pairs, keys[place], marks[0]], values, place)
