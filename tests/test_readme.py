@@ -22,7 +22,8 @@ PAGES = [
     *(
         f"docs/{name}.md"
         for name in (
-            "install vocabulary data training parallelism scaling checkpoints cluster recipe inference first_gpu_run "
+            "install vocabulary data training parallelism scaling checkpoints cluster recipe inference evaluation "
+            "first_gpu_run "
             "troubleshooting flags equality training_step benchmarks differences architecture"
         ).split()
     ),
