@@ -9,10 +9,11 @@
 #   STAGE=align RUN_NAME=align ALIGN_STEPS=1000 bash train.sh
 #   STAGE=inject RUN_NAME=inject AFTER=runs/checkpoints/align/epoch-0_step-1000 bash train.sh
 #   STAGE=replay RUN_NAME=replay PRETRAINED_MODEL_PATH=runs/checkpoints/inject/modeling MIXTURE="zh=0.5 en=0.5" bash train.sh
-# train_sft.example.sh is its twin, apart because each is copied and edited by itself.
+# train_sft.example.sh is its twin, apart because each is copied and edited by itself; what both do is in launch.sh.
 # Paths are relative to this script's folder. On several hosts it and the paths must be the same on each.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+source ./launch.sh
 
 # For hosts joined by InfiniBand: which adapters and which network interface NCCL uses. Set what `ibstat` and
 # `ip link` list; elsewhere NCCL finds its way without them.
@@ -20,12 +21,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 # export NCCL_IB_HCA=mlx5_1:1,mlx5_2:1,mlx5_3:1,mlx5_4:1
 # export NCCL_SOCKET_IFNAME=eth0
 
-# Where to run.
+# Where to run, and with which launcher: launch.sh describes these and the other variables of a launch.
+LAUNCHER="${LAUNCHER:-colossalai}"
 HOSTFILE="${HOSTFILE:-hostfile}"
 NPROC_PER_NODE="${NPROC_PER_NODE:-8}"
 MASTER_PORT="${MASTER_PORT:-30013}"
 
-# What to run. The name of each run is PROJECT_NAME and the time, below each of the parent folders.
+# What to run. The name of a run is RUN_NAME, or else PROJECT_NAME and the time, below each of the parent folders. The
+# same command again continues its run.
 PROJECT_NAME="${PROJECT_NAME:-colossal-llama-2-pretrain}"
 PARENT_SAVE_DIR="${PARENT_SAVE_DIR:-runs/checkpoints}"
 PARENT_TENSORBOARD_DIR="${PARENT_TENSORBOARD_DIR:-runs/tensorboard}"
@@ -55,25 +58,6 @@ if [[ -n "${DATASET:-}" ]]; then
     read -r -d '' -a dataset <<<"$DATASET" || true
 fi
 
-# Without these checks `colossalai run` ends with exit code 0 and no training, or trains only on this host.
-if [[ ! -s "$HOSTFILE" ]]; then
-    echo "$0: error: no file $HOSTFILE, or an empty one; cp hostfile.example hostfile and write your hosts into it" >&2
-    exit 2
-fi
-if [[ -n "$(sort "$HOSTFILE" | uniq -d)" ]]; then
-    echo "$0: error: $HOSTFILE names $(sort "$HOSTFILE" | uniq -d | head -n 1) twice; name each host once" >&2
-    exit 2
-fi
-
-while read -r host _; do
-    if [[ -n "$host" ]] && ! getent hosts "$host" >/dev/null; then
-        echo "$0: error: $HOSTFILE names $host, which this host cannot find; write your hosts' names into it" >&2
-        exit 2
-    fi
-done <"$HOSTFILE"
-
-RUN_NAME="${RUN_NAME:-$PROJECT_NAME-$(date +%Y-%m-%d-%H-%M-%S)}"
-
 case "$STAGE" in
     align) stage=(--bucketed --train_new_rows_only --lr 3e-4 --max_steps "$ALIGN_STEPS") ;;
     inject)
@@ -84,16 +68,12 @@ case "$STAGE" in
         ;;
     replay)
         if [[ -z "$MIXTURE" ]]; then
-            echo "$0: error: STAGE=replay needs MIXTURE, shares of sources such as MIXTURE=\"zh=0.5 en=0.5\"" >&2
-            exit 2
+            stop "STAGE=replay needs MIXTURE, shares of sources such as MIXTURE=\"zh=0.5 en=0.5\""
         fi
         read -r -a mixture <<<"$MIXTURE"
         stage=(--bucketed --mixture "${mixture[@]}" --lr 3e-5)
         ;;
-    *)
-        echo "$0: error: STAGE is $STAGE; give align, inject or replay" >&2
-        exit 2
-        ;;
+    *) stop "STAGE is $STAGE; give align, inject or replay" ;;
 esac
 
 declare -a arguments=(
@@ -101,9 +81,6 @@ declare -a arguments=(
     --dataset "${dataset[@]}"
     --plugin zero2
     --save_interval 400
-    --save_dir "${PARENT_SAVE_DIR%/}/$RUN_NAME"
-    --tensorboard_dir "${PARENT_TENSORBOARD_DIR%/}/$RUN_NAME"
-    --config_file "${PARENT_CONFIG_FILE%/}/$RUN_NAME.json"
     --num_epochs 1
     --micro_batch_size 8
     "${stage[@]}"
@@ -116,29 +93,4 @@ declare -a arguments=(
     "$@"
 )
 
-# Here and once: a mistake is one line, to which the launcher would add dozens. From 128 on, a signal ended the check, as
-# Ctrl-C does. Other codes do not concern the flags, such as that there is no `python`.
-checked=0
-python -m colossal_llama2.train.before_launch --nproc_per_node "$NPROC_PER_NODE" --hostfile "$HOSTFILE" \
-    train.py "${arguments[@]}" || checked=$?
-if ((checked == 2 || checked >= 128)); then
-    exit "$checked"
-fi
-for word in "$@"; do
-    if [[ "$word" == --help || "$word" == -h ]]; then
-        exit 0
-    fi
-done
-mkdir -p "$PARENT_SAVE_DIR" "$PARENT_TENSORBOARD_DIR" "$PARENT_CONFIG_FILE"
-
-# `colossalai run` writes every variable of its environment into a command line for each host's shell, in double quotes
-# with nothing escaped, where secrets can be read and a "$" is expanded. So it gets only what training needs, and no key or password.
-declare -a environment=()
-while IFS= read -r name; do
-    environment+=("$name=${!name}")
-done < <(compgen -e | grep -E '^(PATH|HOME|USER|LOGNAME|LANG|LD_LIBRARY_PATH|PYTHONPATH|VIRTUAL_ENV|SSH_AUTH_SOCK|HF_HOME)$|^(NCCL|CUDA|OMP|GLOO|TORCH|UCX|WANDB|MLFLOW|SWANLAB)_' | grep -vE '^(WANDB|MLFLOW|SWANLAB)_.*(KEY|PASSWORD|TOKEN|SECRET)')
-
-# It also joins the arguments with spaces: @Q quotes them.
-env -i "${environment[@]}" \
-    colossalai run --nproc_per_node "$NPROC_PER_NODE" --hostfile "$HOSTFILE" --master_port "$MASTER_PORT" \
-    train.py "${arguments[@]@Q}"
+launch train.py "${arguments[@]}"

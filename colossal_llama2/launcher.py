@@ -22,6 +22,8 @@ REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TORCHRUN_ID = "TORCHELASTIC_RUN_ID"
 # While this is "True", torchrun's own process serves MASTER_PORT.
 AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
+# How often torchrun started the processes again.
+RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"
 # Where torchrun reads why a process of its own ended, for its report.
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 NAMES = (*REQUIRED, "LOCAL_RANK", "LOCAL_WORLD_SIZE", TORCHRUN_ID, AGENT_STORE)

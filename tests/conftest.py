@@ -1,5 +1,6 @@
 """Fixtures that several test files share: one small tokenizer and one small model per test run."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -11,10 +12,22 @@ import pytest
 
 from colossal_llama2 import launcher, logs
 from tests import fork_server, preparing, tiny
+from tests.cluster import hosts
 
 ROOT = Path(__file__).resolve().parents[1]
 # Fixtures that launch training or start processes which import PyTorch: a test that uses one is slow.
-SLOW_FIXTURES = {"run_forked", "jobs", "ends", "workplace", "table", "cluster", "start", "start_forked"}
+SLOW_FIXTURES = {
+    "run_forked",
+    "jobs",
+    "ends",
+    "workplace",
+    "table",
+    "cluster",
+    "start",
+    "start_forked",
+    "make_cluster",
+    "launch",
+}
 # Files that run complete commands, or kill them repeatedly.
 SLOW_FILES = {"test_console", "test_earlier_checkpoints", "test_prepare_restart"}
 # Two files run at a time, so the longest start first.
@@ -72,6 +85,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
     place = {name: number for number, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+@pytest.fixture
+def make_cluster():
+    """A function that starts a number of hosts, which end with the test. Skips where this machine can make none."""
+    if reason := hosts.missing():
+        pytest.skip(reason)
+    with contextlib.ExitStack() as stack:
+        yield lambda count: stack.enter_context(hosts.Cluster(count))
 
 
 @pytest.fixture(scope="session")

@@ -54,6 +54,14 @@ BENCHMARKS = {
         """,
         needs_folder=False,
     ),
+    "bench_evaluation": Benchmark(
+        "--smallest",
+        """
+        items per second, relative to one at a time lm-eval
+        questions after # examples # -
+        answers after # examples # -
+        """,
+    ),
     "bench_inference": Benchmark(
         "--smallest",
         """

@@ -16,8 +16,8 @@ from colossal_llama2.inference.prompt_file import read_prompts
 from colossal_llama2.inference.prompts import PROMPT_SUFFIX, chat_ids
 from colossal_llama2.inference.settings import GenerationSettings
 from colossal_llama2.inference.streaming import TextStream
+from colossal_llama2.markdown import plain
 from colossal_llama2.train.report import reporter, train_log
-from colossal_llama2.train.report.markdown import plain
 from tests import bits_per_byte, layouts, preparing, tiny
 from tests.launching import launch
 from tests.training_jobs import Job, finished, weights_of

@@ -1,10 +1,14 @@
-"""train.example.sh and train_sft.example.sh: what they pass to `colossalai run`, recorded by a stand-in for it."""
+"""train.example.sh and train_sft.example.sh: what they pass to `colossalai run`, recorded by a stand-in for it.
+
+How real launchers end is tested in tests/test_launch.py and by tests/cluster/run.sh.
+"""
 
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -17,22 +21,8 @@ from colossal_llama2.cli import train_flags
 ROOT = Path(__file__).resolve().parents[1]
 PARSERS = {"train": train_flags.train_parser, "train_sft": train_flags.train_sft_parser}
 NAMES = pytest.mark.parametrize("name", PARSERS)
-VARIABLES = (
-    "HOSTFILE",
-    "NPROC_PER_NODE",
-    "MASTER_PORT",
-    "PROJECT_NAME",
-    "PARENT_SAVE_DIR",
-    "PARENT_TENSORBOARD_DIR",
-    "PARENT_CONFIG_FILE",
-    "PRETRAINED_MODEL_PATH",
-    "DATASET",
-    "STAGE",
-    "RUN_NAME",
-    "MIXTURE",
-    "AFTER",
-    "ALIGN_STEPS",
-)
+# What `colossalai run` prints when it has waited for all hosts.
+FINISHED = "====== Training on All Nodes ====="
 
 
 @pytest.fixture
@@ -42,36 +32,55 @@ def workplace(tmp_path) -> Path:
     folder.mkdir()
     for name in PARSERS:
         shutil.copy(ROOT / f"{name}.example.sh", folder / f"{name}.sh")
+    shutil.copy(ROOT / "launch.sh", folder)
+    (folder / "colossal_llama2").symlink_to(ROOT / "colossal_llama2")
     (folder / "hostfile").write_text("localhost\n")
     stand_in = tmp_path / "bin" / "colossalai"
     stand_in.parent.mkdir()
     stand_in.write_text(
-        f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps({{'cwd': os.getcwd(), 'words': sys.argv[1:], "
-        "'environment': dict(os.environ)}))\n"
+        f"#!{sys.executable}\nimport json, os, sys\nfrom pathlib import Path\n"
+        "hostfile = Path(sys.argv[sys.argv.index('--hostfile') + 1]).read_text()\n"
+        "print(json.dumps({'cwd': os.getcwd(), 'words': sys.argv[1:], 'environment': dict(os.environ), "
+        f"'hostfile': hostfile}}))\nprint('{FINISHED}')\n"
     )
     stand_in.chmod(0o755)
     # The folders in most tests do not exist: they are not checked.
-    python = stand_in.with_name("python")
-    python.write_text("#!/bin/sh\nexit 0\n")
-    python.chmod(0o755)
+    set_check(folder, "exit 0")
     return folder
+
+
+def set_check(workplace: Path, command: str) -> None:
+    """What runs in place of the checks before a launch. The launch itself is real."""
+    python = workplace.parent / "bin" / "python"
+    launch = "*colossal_llama2.cluster.watch_launch*"
+    python.write_text(f'#!/bin/sh\ncase "$*" in {launch}) exec {shlex.quote(sys.executable)} "$@" ;; esac\n{command}\n')
+    python.chmod(0o755)
 
 
 def run(script: Path, *words: str, **variables: str) -> subprocess.CompletedProcess:
     """Run a script from another folder, with the stand-in first on PATH and no variables except those given."""
-    environment = {key: value for key, value in os.environ.items() if key not in VARIABLES} | variables
-    environment["PATH"] = f"{script.parent.parent / 'bin'}{os.pathsep}{environment['PATH']}"
+    path = f"{script.parent.parent / 'bin'}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
-        ["bash", str(script), *words], cwd="/", env=environment, capture_output=True, text=True, timeout=30
+        ["bash", str(script), *words],
+        cwd="/",
+        env={"PATH": path, "HOME": os.environ.get("HOME", "/")} | variables,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 
-def launched(script: Path, *words: str, **variables: str):
+def record_of(process: subprocess.CompletedProcess) -> dict:
+    """What the stand-in has recorded."""
+    return json.loads(process.stdout.splitlines()[0])
+
+
+def launched(script: Path, *words: str, messages: str = "", **variables: str):
     """(launcher's words, parsed flags) of a run, the flags as the shell on each host would split them."""
     process = run(script, *words, **variables)
     assert process.returncode == 0, process.stderr
-    assert process.stderr == ""
-    record = json.loads(process.stdout)
+    assert re.fullmatch(messages, process.stderr), process.stderr
+    record = record_of(process)
     assert record["cwd"] == str(script.parent)
     split = record["words"].index(f"{script.stem}.py")
     # `colossalai run` joins these words with spaces and gives them to a shell.
@@ -90,7 +99,8 @@ def test_help_is_answered_once(name, word, workplace):
 @NAMES
 def test_as_it_is(name, workplace):
     launcher, args = launched(workplace / f"{name}.sh")
-    assert launcher == ["run", "--nproc_per_node", "8", "--hostfile", "hostfile", "--master_port", "30013"]
+    assert [*launcher[:4], *launcher[5:]] == ["run", "--nproc_per_node", "8", "--hostfile", "--master_port", "30013"]
+    assert args.resume is None
     assert args.plugin == "zero2" and args.mixed_precision == "bf16"
     assert (args.save_interval, args.num_epochs, args.micro_batch_size, args.warmup_steps) == (400, 1, 8, 100)
     assert (args.gradient_clipping, args.weight_decay) == (1.0, 0.01)
@@ -120,11 +130,38 @@ def test_the_stages_of_the_recipe(workplace):
     assert "STAGE=replay needs MIXTURE" in run(workplace / "train.sh", STAGE="replay").stderr
 
 
+def test_the_same_command_continues_its_run(workplace):
+    script = workplace / "train.sh"
+    first = launched(script, "--lr", "2e-4")[1]
+    # A start that has written nothing is no run.
+    again = launched(script, "--lr", "2e-4")[1]
+    assert again.save_dir == first.save_dir and again.resume is None
+    (workplace / first.save_dir).mkdir()
+    run_name = Path(first.save_dir).name
+    message = rf"train\.sh: continuing the run {run_name}, which runs/checkpoints/run_names.txt has .*\n"
+    again = launched(script, "--lr", "2e-4", messages=message)[1]
+    assert (again.save_dir, again.resume) == (first.save_dir, "auto")
+    assert launched(script, "--lr", "2e-4", "--resume", "auto", messages=message)[1].save_dir == first.save_dir
+    # Names have seconds.
+    other = launched(script, "--lr", "3e-4", PROJECT_NAME="other")[1]
+    assert other.save_dir != first.save_dir and other.resume is None
+    anew = launched(script, "--lr", "2e-4", RESUME="never", PROJECT_NAME="anew")[1]
+    assert Path(anew.save_dir).name.startswith("anew-") and anew.resume is None
+    # The newest run of a command is the one that continues.
+    assert launched(script, "--lr", "2e-4")[1].save_dir == anew.save_dir
+    assert run(script, RESUME="yes").stderr.endswith("RESUME is yes; give auto or never\n")
+
+
 @NAMES
 def test_a_run_keeps_the_name_that_it_is_given(name, workplace):
-    first, again = (launched(workplace / f"{name}.sh", RUN_NAME="last one")[1] for _ in range(2))
-    assert first.save_dir == again.save_dir
+    first = launched(workplace / f"{name}.sh", RUN_NAME="last one")[1]
     assert Path(first.save_dir).name == Path(first.tensorboard_dir).name == Path(first.config_file).stem == "last one"
+    (workplace / first.save_dir).mkdir()
+    message = rf"{name}\.sh: continuing the run last one\n"
+    # With other flags too: a name is a run.
+    again = launched(workplace / f"{name}.sh", "--lr", "3e-3", RUN_NAME="last one", messages=message)[1]
+    assert (again.save_dir, again.resume) == (first.save_dir, "auto")
+    assert launched(workplace / f"{name}.sh", RUN_NAME="last one", RESUME="never")[1].resume is None
 
 
 @NAMES
@@ -157,9 +194,30 @@ def test_launchers_get_the_variables_of_trackers_without_secrets(name, workplace
     passed_on = {"WANDB_MODE": "offline", "MLFLOW_TRACKING_URI": "http://a:5000", "SWANLAB_PROJ_NAME": "mine"}
     names = ("WANDB_API_KEY", "SWANLAB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "MY_VARIABLE")
     process = run(workplace / f"{name}.sh", **passed_on, **dict.fromkeys(names, "hidden"), NCCL_DEBUG="INFO")
-    environment = json.loads(process.stdout)["environment"]
+    environment = record_of(process)["environment"]
     assert passed_on.items() <= environment.items() and environment["NCCL_DEBUG"] == "INFO"
     assert not environment.keys() & set(names)
+    # Nothing is dropped in silence.
+    assert all(name in process.stderr for name in names)
+
+
+@NAMES
+def test_launchers_get_the_variables_of_libraries(name, workplace):
+    passed_on = {
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "HF_HUB_OFFLINE": "1",
+        "TMPDIR": "/tmp",
+        "FI_PROVIDER": "efa",
+        "TRITON_CACHE_DIR": "/tmp/triton cache",
+        "MY_VARIABLE": "asked for",
+    }
+    given = {"HTTPS_PROXY": "http://me:secret@proxy", "NCCL_PS": 'a "quote"', "CUDA_VISIBLE_DEVICES": ""}
+    process = run(workplace / f"{name}.sh", **passed_on, **given, PASS_ENVIRONMENT="MY_VARIABLE")
+    environment = record_of(process)["environment"]
+    assert passed_on.items() <= environment.items() and not environment.keys() & given.keys()
+    lines = process.stderr.splitlines()
+    assert len(lines) == 3 and "secret" not in process.stderr
+    assert [line.partition("hosts: ")[2].partition(" (")[0] for line in lines] == list(given)
 
 
 @NAMES
@@ -190,9 +248,8 @@ def test_a_missing_hostfile_is_reported(name, workplace):
 
 @NAMES
 def test_a_mistake_is_one_line_before_anything_is_launched(name, workplace):
-    real = f'#!/bin/sh\nPYTHONPATH={shlex.quote(str(ROOT))} exec {shlex.quote(sys.executable)} "$@"\n'
-    (workplace.parent / "bin" / "python").write_text(real)
-    (workplace / "hostfile").write_text("localhost\n127.0.0.1\n")
+    set_check(workplace, f'exec {shlex.quote(sys.executable)} "$@"')
+    (workplace / "hostfile").write_text("# two hosts\r\nnode1\r\n\r\nme@node2\r\n")
     process = run(workplace / f"{name}.sh", "--plugin", "3d", "--tp", "3", NPROC_PER_NODE="2")
     assert (process.returncode, process.stdout) == (2, "")
     (line,) = process.stderr.splitlines()
@@ -205,10 +262,9 @@ def test_a_mistake_is_one_line_before_anything_is_launched(name, workplace):
 
 
 @NAMES
-@pytest.mark.parametrize("code, launched", [(0, True), (127, True), (130, False), (143, False)])
+@pytest.mark.parametrize("code, launched", [(0, True), (2, False), (130, False), (143, False)])
 def test_an_interrupted_check_launches_nothing(name, code, launched, workplace):
-    (workplace.parent / "bin" / "python").write_text(f"#!/bin/sh\nexit {code}\n")
-    (workplace / "hostfile").write_text("localhost\n")
+    set_check(workplace, f'[ "$1" = -c ] && exit 0; exit {code}')
     process = run(workplace / f"{name}.sh")
     assert process.returncode == (0 if launched else code)
     assert (process.stdout != "") is launched and (workplace / "runs").exists() is launched
@@ -217,13 +273,92 @@ def test_an_interrupted_check_launches_nothing(name, code, launched, workplace):
 @NAMES
 def test_a_failing_launch_fails_the_script(name, workplace):
     (workplace.parent / "bin" / "colossalai").write_text("#!/bin/sh\nexit 3\n")
-    assert run(workplace / f"{name}.sh").returncode == 3
+    process = run(workplace / f"{name}.sh")
+    assert process.returncode == 3 and process.stderr.startswith(f"{name}.sh: error: ")
+    # It ends with 0 if it does not understand its own flags.
+    (workplace.parent / "bin" / "colossalai").write_text("#!/bin/sh\necho wrong flag\n")
+    process = run(workplace / f"{name}.sh")
+    assert process.returncode == 1 and "colossalai run ended without starting anything" in process.stderr
+
+
+@NAMES
+def test_a_hostfile_may_have_comments_slots_and_line_ends_of_windows(name, workplace):
+    (workplace / "hostfile").write_text("# the first\r\nlocalhost slots=8 # GPUs\r\n\r\n")
+    assert record_of(run(workplace / f"{name}.sh"))["hostfile"] == "localhost\n"
+    (workplace / "hostfile").write_text("localhost slots=4\n")
+    process = run(workplace / f"{name}.sh")
+    assert process.returncode == 2 and "slots=4 for localhost, but NPROC_PER_NODE is 8" in process.stderr
+
+
+@NAMES
+def test_launchers_that_cannot_be_used_are_refused(name, workplace):
+    cures = {"mpirun": "give colossalai, torchrun or slurm", "slurm": "outside of a Slurm job; submit one: sbatch"}
+    for launcher, cure in cures.items():
+        process = run(workplace / f"{name}.sh", LAUNCHER=launcher)
+        assert (process.returncode, process.stdout) == (2, "") and cure in process.stderr
+        assert len(process.stderr.splitlines()) == 1
+    process = run(workplace / f"{name}.sh", MAX_RESTARTS="2")
+    assert process.returncode == 2 and "MAX_RESTARTS=2 needs LAUNCHER=torchrun" in process.stderr
+    (workplace.parent / "bin" / "colossalai").unlink()
+    process = run(workplace / f"{name}.sh", PATH=f"{workplace.parent / 'bin'}:/usr/bin:/bin")
+    assert process.returncode == 2 and "source .venv/bin/activate" in process.stderr
+
+
+def start_job(workplace: Path, train: str) -> subprocess.Popen:
+    """Run train.example.sbatch as Slurm does, with another train.sh, and an scontrol that records."""
+    shutil.copy(ROOT / "train.example.sbatch", workplace / "train.sbatch")
+    (workplace / "train.sh").write_text(train)
+    scontrol = workplace.parent / "bin" / "scontrol"
+    scontrol.write_text('#!/bin/sh\necho "$@" >scontrol.txt\n')
+    scontrol.chmod(0o755)
+    given = {
+        "PATH": f"{scontrol.parent}:{os.environ['PATH']}",
+        "VIRTUAL_ENV": "/venv",
+        "SLURM_SUBMIT_DIR": str(workplace),
+        "SLURM_JOB_ID": "70007",
+        "SLURM_JOB_NAME": "my job",
+        "SLURM_NTASKS_PER_NODE": "4",
+    }
+    return subprocess.Popen(
+        ["bash", workplace / "train.sbatch", "--lr", "1"], env=given, stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_a_slurm_job_requeues_itself_after_a_save(workplace):
+    """SIGUSR1, which Slurm sends to the script alone, reaches the launch, and comes before the end of the job."""
+    process = start_job(workplace, "trap 'sleep 0.5; exit 0' USR1\necho ready $@\nwhile :; do sleep 0.1; done\n")
+    assert process.stdout.readline() == "ready --lr 1\n"
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 0 and "requeueing job 70007" in output
+    assert (workplace / "scontrol.txt").read_text() == "requeue 70007\n"
+
+
+def test_a_slurm_job_requeues_itself_after_a_fault_if_it_has_saved(workplace):
+    save = 'mkdir -p "runs/checkpoints/$RUN_NAME"; echo epoch-0_step-9 >"runs/checkpoints/$RUN_NAME/latest"'
+    process = start_job(workplace, f"{save}\nexit 1\n")
+    assert "exit code 1, after the checkpoint epoch-0_step-9; requeueing" in process.communicate(timeout=20)[0]
+    assert process.returncode == 1 and (workplace / "scontrol.txt").read_text() == "requeue 70007\n"
+    (workplace / "scontrol.txt").unlink()
+    # The same fault at the same place again.
+    process = start_job(workplace, f"{save}\nexit 1\n")
+    assert "requeueing" not in process.communicate(timeout=20)[0] and not (workplace / "scontrol.txt").exists()
+
+
+@pytest.mark.parametrize("code", [0, 1, 143])
+def test_a_slurm_job_that_is_done_or_has_failed_is_not_requeued(code, workplace):
+    names = "LAUNCHER RUN_NAME RESUME NPROC_PER_NODE MASTER_PORT"
+    process = start_job(workplace, f'for name in {names}; do echo "${{!name}}"; done; exit {code}\n')
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == code and not (workplace / "scontrol.txt").exists()
+    # The job's number stays the same when it is requeued.
+    assert output.splitlines() == ["slurm", "my job-70007", "auto", "4", "20007"]
 
 
 def test_the_hostfile_is_the_readme_s():
     assert (ROOT / "hostfile.example").read_text() == "hostname1\nhostname2\nhostname3\nhostname4\n"
 
 
-@NAMES
+@pytest.mark.parametrize("name", ["train.example.sh", "train_sft.example.sh", "train.example.sbatch"])
 def test_the_example_can_be_executed(name):
-    assert (ROOT / f"{name}.example.sh").stat().st_mode & stat.S_IXUSR
+    assert (ROOT / name).stat().st_mode & stat.S_IXUSR

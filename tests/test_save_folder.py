@@ -1,6 +1,7 @@
 """One run at a time in a --save_dir."""
 
 import errno
+import fcntl
 import json
 import os
 import socket
@@ -95,7 +96,7 @@ def test_without_locks_a_living_process_keeps_the_folder(tmp_path, monkeypatch):
     def no_locks(*args):
         raise OSError("no locks on this file system")
 
-    monkeypatch.setattr(run_lock.fcntl, "flock", no_locks)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     owner = {"host": socket.gethostname(), "pid": os.getppid(), "since": "2026-01-01 00:00:00"}
     (tmp_path / ".lock").write_text(json.dumps(owner))
     with pytest.raises(UserError, match="wait until that run has ended"), run_lock.locked(tmp_path):

@@ -13,12 +13,15 @@ from typing import NoReturn
 
 from colossal_llama2 import launcher, logs
 from colossal_llama2.engine.patches import adam_kernels, bug_fixes, placeholders
-from colossal_llama2.errors import UserError
+from colossal_llama2.engine.ranks import interfaces
+from colossal_llama2.errors import LaunchError, UserError
 from colossal_llama2.plurals import counted
 
 # ColossalAI logs this to the root logger for every model whose weights are in a single file. A logger's filter only
 # applies to messages that are logged to that logger itself.
 UNSHARDED_ADVICE = "Please avoid using unsharded checkpointing methods when dealing with large models!"
+# gloo's message if ranks cannot connect to each other.
+UNCONNECTED = "connectFullMesh failed"
 
 
 def _is_not_advice(record: logging.LogRecord) -> bool:
@@ -57,6 +60,7 @@ def launch(seed: int, *, timeout_seconds: float | None = None, meet: Callable[[]
 
     Raises:
         UserError: there are more processes on this host than GPUs, or this version of ColossalAI is not supported.
+        LaunchError: the ranks cannot connect.
     """
     here = launcher.settle()
     # ColossalAI warns about missing packages (apex, tensornvme), though only apex's norms would be used. PyTorch
@@ -91,17 +95,34 @@ def launch(seed: int, *, timeout_seconds: float | None = None, meet: Callable[[]
             f"--nproc_per_node {torch.cuda.device_count()}"
         )
     meet()
-    colossalai.launch(
-        rank=here.rank,
-        world_size=here.world_size,
-        local_rank=here.local_rank,
-        host=os.environ["MASTER_ADDR"],
-        port=int(os.environ["MASTER_PORT"]),
-        seed=seed,
-        verbose=False,
-    )
+    with _failing_in_words():
+        colossalai.launch(
+            rank=here.rank,
+            world_size=here.world_size,
+            local_rank=here.local_rank,
+            host=os.environ["MASTER_ADDR"],
+            port=int(os.environ["MASTER_PORT"]),
+            seed=seed,
+            verbose=False,
+        )
     if not torch.cuda.is_available():
         logs.get_logger().info("No GPU: this is a rehearsal on the CPU (gloo, PyTorch's Adam and attention kernels)")
+
+
+@contextlib.contextmanager
+def _failing_in_words() -> Iterator[None]:
+    """Turn gloo's failure to connect the ranks into a LaunchError that names the interface."""
+    try:
+        yield
+    except RuntimeError as error:
+        if UNCONNECTED not in str(error):
+            raise
+        name = os.environ.get(interfaces.GLOO)
+        raise LaunchError(
+            f"{socket.gethostname()} cannot connect to the other ranks through gloo "
+            f"({f'{interfaces.GLOO}={name}' if name else f'{interfaces.GLOO} is not set'}); set {interfaces.GLOO} on "
+            f"each host to the network interface that the other hosts reach, as listed by `ip address`"
+        )
 
 
 def _set_timeout(seconds: float) -> None:

@@ -8,10 +8,10 @@ torch and writes nothing. Folders are checked only on this host.
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from colossal_llama2 import errors, launcher, logs
 from colossal_llama2.cli import train_flags
+from colossal_llama2.cluster.hostfile import check_slots, read
 from colossal_llama2.errors import UserError
 
 PARSERS = {"train.py": train_flags.train_parser, "train_sft.py": train_flags.train_sft_parser}
@@ -44,11 +44,12 @@ def own_parser() -> argparse.ArgumentParser:
 
 
 def world_size(per_host: str, hostfile: str) -> int:
-    """Number of processes of the job. Raises UserError if the number per host is invalid."""
+    """Number of processes of the job. Raises UserError if the number per host or the hostfile is invalid."""
     if not per_host.isdecimal() or not 1 <= int(per_host) <= MOST_RANKS:
         raise UserError(f"NPROC_PER_NODE is {per_host!r}; give the number of GPUs per host, such as 8")
-    hosts = [line for line in Path(hostfile).read_text(encoding="utf-8").splitlines() if line.strip()]
-    return int(per_host) * max(len(hosts), 1)
+    hosts = read(hostfile)
+    check_slots(hostfile, hosts, int(per_host))
+    return int(per_host) * len(hosts)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from colossal_llama2.train.checks import JobChecks
 from colossal_llama2.train.inputs import RunInputs, open_inputs
 from colossal_llama2.train.loop import RunParts, fit
 from colossal_llama2.train.report.stage_record import StageRecord
+from colossal_llama2.train.same_everywhere import check_same_everywhere
 from colossal_llama2.train.settings.config import TrainConfig
 from colossal_llama2.train.settings.from_flags import resolved_again
 from colossal_llama2.train.stepping.nonfinite_steps import log_overflows, without_update
@@ -31,6 +32,7 @@ def train_on_all(config: TrainConfig, stop: NoSignals, watch: Watch) -> None:
         launch(config.recipe.seed, timeout_seconds=config.timeout_seconds, meet=watch.wait)
         stop.meet()
         watch.settle()
+        check_same_everywhere(config)
         if config.benchmark is not None:
             benchmark(config, config.benchmark, stop)
         else:

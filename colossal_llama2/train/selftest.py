@@ -21,7 +21,7 @@ from pathlib import Path
 from colossal_llama2 import errors, launcher, logs
 from colossal_llama2.cli import train_flags
 from colossal_llama2.engine.device import repeats_exactly
-from colossal_llama2.engine.ranks import meeting, orphans
+from colossal_llama2.engine.ranks import interfaces, meeting, orphans
 from colossal_llama2.errors import RunError
 from colossal_llama2.plurals import counted
 from colossal_llama2.terminal_text import show_line
@@ -70,6 +70,7 @@ def selftest(config: SelftestConfig) -> None:
 
     orphans.end_with_launcher()
     with watching("selftest", timeout_seconds=WAIT_SECONDS) as watch:
+        interfaces.check_given()
         watch.reach_out()
         launch(config.seed, timeout_seconds=WAIT_SECONDS, meet=watch.wait)
         watch.settle()

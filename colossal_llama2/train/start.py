@@ -8,7 +8,7 @@ import contextlib
 import sys
 from pathlib import Path
 
-from colossal_llama2.engine.ranks import meeting, orphans
+from colossal_llama2.engine.ranks import interfaces, meeting, orphans
 from colossal_llama2.engine.ranks.liveness import watching
 from colossal_llama2.train.run_folder import run_lock
 from colossal_llama2.train.stepping.stopping import StopSignals
@@ -30,6 +30,7 @@ def train(args: argparse.Namespace) -> None:
         stop = around.enter_context(StopSignals(has_partners=here.world_size > 1))
         orphans.end_with_launcher(before=run_lock.mark_ending)
         watch = around.enter_context(watching(command, timeout_seconds=args.dist_timeout, before_end=run_lock.release))
+        interfaces.check_given()
         # Imported when signals are handled and the other ranks notice a death.
         from colossal_llama2.train.run import train_on_all
         from colossal_llama2.train.settings import from_flags

@@ -3,16 +3,14 @@
 The launcher and the network library report a dead rank late, or without its number. There is no heartbeat, so a busy
 rank is never mistaken for a dead one. A rank that hangs is detected by the network's timeout.
 
-Ranks connect before PyTorch's own rendezvous (meeting.py), in which a rank would wait for a dead one until the timeout.
-Ranks started by hand connect before anything else. Under torchrun, which itself ends all ranks of a host when one of
-them dies, they connect as soon as PyTorch is imported.
+Ranks connect before anything else (meeting.py): in PyTorch's own rendezvous a rank would wait for a dead one until the
+timeout. Under torchrun they also hold a connection to its store, which ends with the torchrun of rank 0's host.
 """
 
 import os
 import secrets
 import selectors
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,13 +18,13 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from colossal_llama2 import logs
-from colossal_llama2.engine.ranks import collectives, meeting
-from colossal_llama2.engine.ranks.meeting import HELLO, REFUSED, WELCOME, Line
+from colossal_llama2.engine.ranks import collectives, interfaces, meeting, torchrun_store
+from colossal_llama2.engine.ranks.meeting import HELLO, REFUSED, WELCOME, Line, NoRoute
+from colossal_llama2.engine.ranks.torchrun_store import Store, StoreError
 from colossal_llama2.errors import LaunchError, RankError, RunError, Stopped
-from colossal_llama2.launcher import Place, place
-from colossal_llama2.terminal_text import show_line
+from colossal_llama2.launcher import RESTART_COUNT, Place, place
+from colossal_llama2.terminal_text import report_line
 
-CONNECT_SECONDS = 30.0
 # How long a rank whose network failed waits for the number of the dead rank, and how long a rank waits for its own
 # error after it was notified of another rank's.
 VERDICT_SECONDS = 5.0
@@ -35,6 +33,8 @@ REPORT_SECONDS = 1.0
 # When a rank first logs that it is waiting for others, and how often after that.
 SILENT_SECONDS, REMIND_SECONDS = 5.0, 30.0
 LOOK_SECONDS = 0.2
+# How often a rank that waits looks into torchrun's store.
+STORE_SECONDS = 1.0
 FINISHED, FAILED, STOPPED = "bye", "failed", "stopped"
 ALL_CONNECTED, LOST = "met", "lost"
 MAX_REASON = 400
@@ -103,12 +103,24 @@ class Watch:
         self._problem: Exception | None = None
         self._all_are_here, self._is_linked = threading.Event(), threading.Event()
         self._is_calling = self._is_leaving = self._gives_up = self.is_settled = self._awaits_itself = False
+        self._lines_are_awaited = False
         self._own_name = f"{socket.gethostname()}/{secrets.token_hex(8)}"
         self._next_reminder = time.monotonic() + SILENT_SECONDS
+        # The address of a rank on another host, if there is one.
+        self._far_address: str | None = None
+        # Under torchrun.
+        self._store: Store | None = None
+        self._attempt: int | None = None
+        self._next_look = 0.0
 
     def begin(self) -> None:
-        """Ranks started by hand: start connecting to the others. Raises LaunchError if rank 0 cannot be reached."""
-        if self._here.world_size == 1 or self._here.uses_agent_store:
+        """Start connecting to the others. Raises LaunchError if rank 0 cannot be reached."""
+        if self._here.world_size == 1:
+            return
+        if self._here.uses_agent_store:
+            # With a version of PyTorch whose store is unknown, `reach_out` connects.
+            with suppress(StoreError):
+                self._connect_through(torchrun_store.connect(attempt_seconds=meeting.ATTEMPT_SECONDS))
             return
         if self._here.rank > 0:
             self._is_calling = True
@@ -116,63 +128,105 @@ class Watch:
             return
         listener = meeting.listen_as_given(backlog=self._here.world_size)
         # The other ranks may all connect before this one has reached itself.
-        self._awaits_itself = True
+        self._awaits_itself = self._lines_are_awaited = True
         self._start(self._run, listener, meeting.KNOWN_SECRET)
         self._check_own_address()
 
     def reach_out(self) -> None:
-        """Under torchrun: start connecting to the others. Imports PyTorch."""
-        if self._here.world_size == 1 or not self._here.uses_agent_store:
+        """Start connecting to the others if `begin` could not. Imports PyTorch in that case."""
+        if self._here.world_size == 1 or not self._here.uses_agent_store or self._store is not None:
             return
-        import torch.distributed  # noqa: F401
-
-        self._start(self._connect_through_torchrun)
+        # Errors here are reported once the ranks are connected.
+        with suppress(RuntimeError, ValueError, OSError, StoreError):
+            self._connect_through(torchrun_store.connect_with_torch(timeout_seconds=self._timeout))
 
     def wait(self) -> None:
-        """Ranks started by hand: wait until all ranks have connected. Rank 0 then stops listening on MASTER_PORT.
+        """Wait until all ranks have connected. Rank 0 then stops listening.
+
+        Under torchrun it also returns if there is no route between two ranks, so that they cannot notice a death.
 
         Raises:
             LaunchError: they did not connect in time, or belong to different jobs.
         """
-        if self._here.world_size == 1 or self._here.uses_agent_store:
+        if self._here.world_size == 1:
             return
         # Rank 0 gives up first, and reports the ranks that are missing.
         deadline = time.monotonic() + self._timeout + (VERDICT_SECONDS if self._here.rank else 0)
         while not self._all_are_here.wait(LOOK_SECONDS):
+            if self._here.uses_agent_store and not self._may_meet():
+                self._gives_up = True
+                break
             if self._problem is None and time.monotonic() > deadline:
-                address = meeting.given_address()
-                self._problem = LaunchError(
-                    f"{self._missing()} did not connect to MASTER_ADDR={address.host} MASTER_PORT={address.port} "
-                    f"within --dist_timeout {self._timeout:g} s; start all ranks, or unset RANK, WORLD_SIZE, "
-                    f"MASTER_ADDR and MASTER_PORT to run without a launcher"
-                )
+                self._problem = self._too_late()
             if self._problem is not None:
                 raise self._problem
             if self._here.rank == 0:
                 self._remind(f"waiting for {self._missing()}")
+        if self._attempt is not None:
+            # PyTorch's keys in torchrun's store begin with this number. torchrun's own may differ between hosts, or
+            # repeat, after a host has left and another has joined.
+            os.environ[RESTART_COUNT] = str(self._attempt)
+        if self._far_address is not None or self._gives_up:
+            hosts = [meeting.given_address().host, self._far_address]
+            interfaces.use_route_to([host for host in hosts if host])
+
+    def _too_late(self) -> LaunchError:
+        address = meeting.given_address()
+        cure = "start all ranks"
+        if not self._here.uses_agent_store:
+            cure += ", or unset RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT to run without a launcher"
+        return LaunchError(
+            f"{self._missing()} did not connect to MASTER_ADDR={address.host} MASTER_PORT={address.port} "
+            f"within --dist_timeout {self._timeout:g} s; {cure}"
+        )
+
+    def _may_meet(self) -> bool:
+        """Under torchrun: False if a rank has no route to rank 0. Notices that torchrun on rank 0's host has ended."""
+        if self._store is None:
+            return False
+        if time.monotonic() < self._next_look:
+            return True
+        self._next_look = time.monotonic() + STORE_SECONDS
+        try:
+            if not self._store.is_open():
+                raise StoreError("it closed the connection")
+            return self._attempt is None or not meeting.has_no_route(self._store, self._attempt)
+        except (StoreError, RuntimeError) as error:
+            # The other ranks' own reports arrive first.
+            self._problem = self._problem or LaunchError(
+                f"torchrun at MASTER_ADDR={meeting.given_address().host} has ended ({error}); "
+                f"nothing was trained, start again"
+            )
+            return True
 
     def settle(self) -> None:
         """Called on all ranks once they are connected. From now on there may be checkpoints of this run."""
         if self._here.world_size == 1:
             return
-        if self._here.uses_agent_store:
-            self._all_are_here.wait(CONNECT_SECONDS)
         self._gives_up = True
-        everywhere = all(collectives.gather_values(self._all_are_here.is_set()))
+        facts = [self._all_are_here.is_set(), socket.gethostname(), os.environ.get(interfaces.GLOO)]
+        gathered = collectives.gather_values(facts)
         self.is_settled = True
-        if not everywhere:
+        if not all(is_here for is_here, *_ in gathered):
             # Without a route between two hosts, training continues; the log has a warning.
             logs.get_logger().warning(
                 "Ranks cannot monitor each other: %s did not connect to rank 0; a dead rank is detected only after "
                 "--dist_timeout",
                 self._missing(),
             )
+        used = {host: interface for _, host, interface in gathered if interface}
+        if len({host for _, host, _ in gathered}) > 1 and used:
+            named = ", ".join(f"{interface} on {host}" for host, interface in used.items())
+            logs.get_logger().info("Network interfaces for gloo (%s): %s", interfaces.GLOO, named)
 
     def leave(self, ending: str) -> None:
         """Notify the other ranks that this rank ends, and how."""
         self._is_leaving = True
         if ending != FINISHED and self._is_calling:
             self._is_linked.wait(REPORT_SECONDS)
+        elif ending != FINISHED and self._lines_are_awaited:
+            # Ranks that connect later would wait for this one.
+            self._all_are_here.wait(REPORT_SECONDS)
         self._send_to_all(ending)
 
     def _start(self, work: Callable[..., None], *args: Any) -> None:
@@ -188,7 +242,7 @@ class Watch:
     def _remind(self, text: str) -> None:
         if time.monotonic() > self._next_reminder:
             self._next_reminder = time.monotonic() + REMIND_SECONDS
-            show_line(f"{self._command}: rank {self._here.rank}: {text}", file=sys.stderr)
+            report_line(f"{self._command}: rank {self._here.rank}: {text}")
 
     # On ranks other than 0.
 
@@ -205,29 +259,55 @@ class Watch:
             self._problem = error
             self._is_linked.set()
 
-    def _connect_through_torchrun(self) -> None:
-        listener = meeting.listen(0, backlog=self._here.world_size) if self._here.rank == 0 else None
-        own_port = listener.getsockname()[1] if listener else None
-        # Errors here are reported once the ranks are connected.
-        with suppress(RuntimeError, ValueError, LaunchError, OSError):
-            address = meeting.address_through_torchrun(self._here, own_port, timeout_seconds=self._timeout)
-            if listener:
-                self._run(listener, address.secret)
-            else:
-                # Rank 0 already listens there.
-                self._connect_to_first(address, seconds=CONNECT_SECONDS, on_retry=lambda reason: None)
+    def _connect_through(self, store: Store) -> None:
+        """Under torchrun: rank 0 listens and stores where; the other ranks start to connect. Raises StoreError."""
+        if self._here.rank > 0:
+            self._store, self._is_calling = store, True
+            self._start(self._connect_to_published, store)
+            return
+        listener = meeting.listen(0, backlog=self._here.world_size)
+        published = meeting.publish(store, listener.getsockname()[1])
+        self._store, self._attempt = store, published.attempt
+        self._lines_are_awaited = True
+        self._start(self._run, listener, published.secret)
+
+    def _connect_to_published(self, store: Store) -> None:
+        """Connect to the rank 0 of this attempt. Without a route the ranks start without a connection."""
+
+        def on_retry(reason: str) -> None:
+            self._remind(f"waiting for rank 0 at {meeting.given_address().host} ({reason})")
+
+        until = time.monotonic() + self._timeout
+        try:
+            line, answer, published = meeting.introduce_through(
+                store, self._here, socket.gethostname(), until=until, on_retry=on_retry
+            )
+            self._attempt = published.attempt
+            self._keep(line, answer)
+        except NoRoute as error:
+            self._attempt = error.attempt
+            # If the store is gone, `wait` notices it.
+            with suppress(StoreError, RuntimeError):
+                meeting.report_no_route(store, error.attempt)
+        except Exception as error:  # raised by `wait`, in the main thread
+            self._problem = error
+        self._is_linked.set()
 
     def _connect_to_first(self, address: meeting.Address, *, seconds: float, on_retry: Callable[[str], None]) -> None:
         """Connect to rank 0 and keep the connection. Raises LaunchError if that fails in time."""
         until = time.monotonic() + seconds
         line, answer = meeting.introduce(address, self._here, socket.gethostname(), until=until, on_retry=on_retry)
+        self._keep(line, answer)
+
+    def _keep(self, line: Line, answer: str) -> None:
+        """Handle rank 0's messages until the connection ends. Raises LaunchError if it refused this rank."""
         kind, _, rest = answer.partition(" ")
         if kind == REFUSED:
             raise LaunchError(rest)
         self._hosts[0], line.rank, self._lines[0] = rest, 0, line
         meeting.keep_alive(line.connection)
         self._is_linked.set()
-        self._run(None, address.secret)
+        self._run(None, "")
 
     # On rank 0.
 
@@ -296,8 +376,18 @@ class Watch:
             selector.unregister(connection)
             connection.close()
         if not self._gives_up:
-            self._send_to_all(ALL_CONNECTED)
+            self._far_address = self._address_on_another_host()
+            self._send_to_all(f"{ALL_CONNECTED} {self._far_address or ''}")
             self._all_are_here.set()
+
+    def _address_on_another_host(self) -> str | None:
+        """The address from which a rank on another host has connected; None if all are on this host."""
+        for line in tuple(self._lines.values()):
+            with suppress(OSError):
+                far, near = line.connection.getpeername()[0], line.connection.getsockname()[0]
+                if far != near and not interfaces.is_loopback(far):
+                    return far.removeprefix("::ffff:")
+        return None
 
     def _receive(self, selector: selectors.BaseSelector, line: Line, secret: str) -> None:
         texts = line.read()
@@ -317,6 +407,7 @@ class Watch:
     def _handle(self, line: Line, text: str) -> None:
         kind, _, rest = text.partition(" ")
         if kind == ALL_CONNECTED:
+            self._far_address = rest or None
             self._all_are_here.set()
         elif kind == LOST:
             lost, _, what = rest.partition(" ")
@@ -337,7 +428,7 @@ class Watch:
             what = what.partition(":")[0] if self.is_settled else what
             then = "earlier checkpoints are complete, continue with --resume auto"
             then = then if self.is_settled else "nothing was trained, start again"
-            show_line(f"{self._command}: error: rank {lost} on {self._hosts.get(lost)} {what}; {then}", file=sys.stderr)
+            report_line(f"{self._command}: error: rank {lost} on {self._hosts.get(lost)} {what}; {then}")
         self._before_end()
         os._exit(1)
 

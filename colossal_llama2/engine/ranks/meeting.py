@@ -1,10 +1,14 @@
 """How the ranks of a job find each other before PyTorch is imported: each rank connects to rank 0.
 
     by hand, srun, mpirun    rank 0 listens on MASTER_PORT until all have connected, then PyTorch uses the port
-    torchrun                 torchrun listens on MASTER_PORT; rank 0 stores the address of its own port there
+    torchrun                 torchrun listens on MASTER_PORT; rank 0 stores its own port there, with a secret
 
 Ranks exchange lines of text: first `hello SECRET RANK WORLD_SIZE HOST`, which rank 0 answers with `welcome HOST`, or
-with `no` and a reason.
+with `no` and a reason. When all have connected, rank 0 sends `met ADDRESS`, the address of a rank on another host, if
+there is one.
+
+torchrun's store lives longer than the processes that it starts again after a failure, so it may hold the port of a
+dead rank 0. Each new rank 0 overwrites it and counts the attempt; other ranks read it until they reach a live one.
 """
 
 import json
@@ -14,10 +18,10 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import timedelta
 from typing import NamedTuple
 
 from colossal_llama2 import launcher, logs
+from colossal_llama2.engine.ranks.torchrun_store import Store
 from colossal_llama2.errors import LaunchError
 from colossal_llama2.launcher import REQUIRED, Place
 
@@ -25,10 +29,12 @@ HELLO, WELCOME, REFUSED = "hello", "welcome", "no"
 MAX_LINE = 4096
 # Ranks that are started by hand share no secret, so this constant only identifies the program.
 KNOWN_SECRET = "colossal_llama2"
-KEY = "colossal_llama2/rank-0"
+KEY = "colossal_llama2"
 # How long a rank retries an unreachable host, or waits for an answer on the port that should be rank 0's.
 UNREACHABLE_SECONDS = 10.0
 ATTEMPT_SECONDS = 5.0
+# How long a rank under torchrun tries a port that refuses connections, until it assumes that there is no route.
+REFUSED_SECONDS = 30.0
 RETRY_SECONDS = 0.2
 
 
@@ -111,17 +117,88 @@ def listen_as_given(*, backlog: int) -> socket.socket:
         )
 
 
-def address_through_torchrun(place: Place, own_port: int | None, *, timeout_seconds: float) -> Address:
-    """Store the address of rank 0 in torchrun's store, or read it there. Raises PyTorch's errors."""
-    from torch.distributed import TCPStore
+class Published(NamedTuple):
+    """What rank 0 stores under torchrun: its port and secret, and how many rank 0s there have been so far."""
 
-    host, port, _ = given_address()
-    store = TCPStore(host, port, None, False, timedelta(seconds=timeout_seconds), wait_for_workers=False)
-    key = f"{KEY}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    if place.rank == 0:
-        store.set(key, json.dumps([own_port, secrets.token_hex(8)]))
-    own_port, secret = json.loads(store.get(key))
-    return Address(host, own_port, secret)
+    port: int
+    secret: str
+    attempt: int
+
+    @property
+    def address(self) -> Address:
+        """Where rank 0 listens."""
+        return Address(given_address().host, self.port, self.secret)
+
+
+class NoRoute(LaunchError):
+    """Rank 0 of this attempt cannot be reached, though torchrun's store can."""
+
+    def __init__(self, message: str, attempt: int):
+        super().__init__(message)
+        self.attempt = attempt
+
+
+def publish(store: Store, port: int) -> Published:
+    """Store where rank 0 listens. Raises StoreError."""
+    published = Published(port, secrets.token_hex(8), store.add(_key("attempts"), 1))
+    store.set(_key("rank-0"), json.dumps(published).encode())
+    return published
+
+
+def published(store: Store) -> Published | None:
+    """What the last rank 0 stored; None if there was none yet. Raises StoreError, and ValueError for anything else."""
+    content = store.get(_key("rank-0"))
+    if content is None:
+        return None
+    port, secret, attempt = json.loads(content)
+    return Published(int(port), str(secret), int(attempt))
+
+
+def report_no_route(store: Store, attempt: int) -> None:
+    """Store that a rank of this attempt cannot reach rank 0. Raises StoreError."""
+    store.set(_key(f"no-route/{attempt}"), b"1")
+
+
+def has_no_route(store: Store, attempt: int) -> bool:
+    """Whether a rank of this attempt cannot reach rank 0. Raises StoreError."""
+    return store.get(_key(f"no-route/{attempt}")) is not None
+
+
+def _key(name: str) -> str:
+    # Several jobs may share a store.
+    return f"{KEY}/{os.environ.get(launcher.TORCHRUN_ID, '')}/{name}"
+
+
+def introduce_through(
+    store: Store, here: Place, name: str, *, until: float, on_retry: Callable[[str], None]
+) -> tuple[Line, str, Published]:
+    """`introduce` to the rank 0 that is stored, which may be a dead one of an earlier attempt at first.
+
+    Returns:
+        The connection, rank 0's answer, and what it stored.
+
+    Raises:
+        NoRoute: rank 0 cannot be reached.
+        LaunchError: it did not start.
+        StoreError: the store does not answer.
+    """
+    tried: Published | None = None
+    give_up_at = until
+    while True:
+        found = published(store)
+        if found is not None:
+            if found != tried:
+                tried, give_up_at = found, min(until, time.monotonic() + REFUSED_SECONDS)
+            try:
+                line, answer = introduce(found.address, here, name, until=0.0, on_retry=on_retry)
+                return line, answer, found
+            except LaunchError as error:
+                if time.monotonic() > give_up_at:
+                    raise NoRoute(str(error), found.attempt)
+        elif time.monotonic() > until:
+            raise LaunchError("rank 0 did not start; start all ranks at the same time")
+        on_retry("it has not started")
+        time.sleep(RETRY_SECONDS)
 
 
 def introduce(

@@ -86,6 +86,7 @@ class Checkpointer:
         with self._engine.first_rank_only() as first:
             if first:
                 saving = self._saving
+                saving.folder.check_held()
                 checkpoint_files.remove_old(newest, keep_last=saving.keep_last, keep_every=saving.keep_every)
 
     def finish(self, card: Callable[[], str | None] | None = None) -> Path:
@@ -97,6 +98,7 @@ class Checkpointer:
         with self._engine.first_rank_only() as first:
             if first:
                 assert self._last_saved is not None, "the last step is saved"
+                self._saving.folder.check_held()
                 publish_model(self._last_saved[1], card() if card else None)
         return self._saving.folder.model
 

@@ -101,7 +101,7 @@ def difference(name: str, before: Any, now: Any) -> str:
     if isinstance(before, dict) and isinstance(now, dict):
         keys = [key for key in now if before.get(key) != now[key]]
         before, now = ({key: values.get(key) for key in keys} for values in (before, now))
-    return f"{name} was {_short(before)}, this run has {now}"
+    return f"{name} was {shown_shortly(before)}, this run has {now}"
 
 
 def changes(saved: SavedRun, facts: RunFacts) -> list[str]:
@@ -114,7 +114,7 @@ def changes(saved: SavedRun, facts: RunFacts) -> list[str]:
         # A version without a flag behaved as with its default.
         names = [name for name in now[group] if group != "settings" or (name in before and _is_compared(name))]
         pairs += [(name, before.get(name), now[group][name]) for name in names]
-    return [f"{name} {_short(before)} -> {value}" for name, before, value in pairs if before != _as_json(value)]
+    return [f"{name} {shown_shortly(before)} -> {value}" for name, before, value in pairs if before != _as_json(value)]
 
 
 def _is_compared(setting: str) -> bool:
@@ -122,7 +122,8 @@ def _is_compared(setting: str) -> bool:
     return changes_numbers(setting) and f"--{setting}" not in {*RESUMED_FACTS.values(), *ADAPTER_FLAGS}
 
 
-def _short(value: Any) -> str:
+def shown_shortly(value: Any) -> str:
+    """A value of a checkpoint or a rank, as a message quotes it."""
     return textwrap.shorten(str(value), SHOWN_CHARACTERS, placeholder="...")
 
 
@@ -330,6 +331,7 @@ def finish_again(saved: SavedRun, engine: "Engine", saving: SaveConfig, *, card:
     """Finish a run that died after its last save: publish the model, and remove old checkpoints."""
     with engine.first_rank_only() as first:
         if first:
+            saving.folder.check_held()
             publish_model(saved.folder, card())
             checkpoint_files.remove_old(saved.folder, keep_last=saving.keep_last, keep_every=saving.keep_every)
     logs.get_logger().info("Already done: all epochs are trained. The model is beside %s", saved.folder)

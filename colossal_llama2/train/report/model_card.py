@@ -15,11 +15,11 @@ from colossal_llama2.cli.dependent_flags import is_on_card
 from colossal_llama2.corpus.category_names import category_name
 from colossal_llama2.dataset.read.loss_groups import Amount
 from colossal_llama2.dataset.read.token_counts import SourceRead
+from colossal_llama2.markdown import Markup, code, front_matter, plain, table
 from colossal_llama2.model.training_history import is_name, name_of, named_by_card, read_history
 from colossal_llama2.plurals import counted
 from colossal_llama2.storage import json_input
 from colossal_llama2.terminal_text import one_line
-from colossal_llama2.train.report.markdown import Markup, code, front_matter, plain, table
 from colossal_llama2.train.run_folder.file_names import CARD_NAME, MODEL_NAME, STATES_NAME
 
 # Two-letter codes of ISO 639-1, by which hubs sort models.

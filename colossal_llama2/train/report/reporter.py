@@ -15,10 +15,10 @@ from colossal_llama2 import logs
 from colossal_llama2.corpus.category_names import category_name
 from colossal_llama2.dataset.read.loss_groups import MAX_GROUPS, Amount, Groups, by_name
 from colossal_llama2.engine.device import flops_per_token, known_peak, peak_memory
+from colossal_llama2.markdown import plain
 from colossal_llama2.model.config_fields import llama_config
 from colossal_llama2.tracker_names import TENSORBOARD
 from colossal_llama2.train.report import train_log
-from colossal_llama2.train.report.markdown import plain
 from colossal_llama2.train.report.metric_writers import SeveralWriters, TensorBoardWriter
 from colossal_llama2.train.report.run_report import RunReport
 from colossal_llama2.train.report.trackers import TrackerIds, open_trackers

@@ -45,6 +45,7 @@ class RunReport:
         if not folder.log.is_file():
             return
         try:
+            folder.check_held()
             settings = {**self.settings, "run_id": run_outputs.identify(folder)}
             replace_file(folder.settings, to_json(settings).encode())
             replace_file(folder.environment, to_json(self.environment).encode())

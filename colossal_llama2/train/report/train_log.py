@@ -20,12 +20,15 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 from colossal_llama2 import logs
+from colossal_llama2.errors import RunError
 from colossal_llama2.plurals import counted
 from colossal_llama2.storage.files import discard, errors_naming, open_no_link, parse_object, sync, sync_entries
+from colossal_llama2.train.run_folder import run_lock
 from colossal_llama2.train.run_folder.file_names import LOG_NAME, PARTIAL_SUFFIX
 from colossal_llama2.train.run_folder.run_folder import RunFolder
 
@@ -118,8 +121,12 @@ class TrainLog:
         self._is_torn = self._has_failed = False
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record, unbuffered."""
+        """Append one record, unbuffered. Ends the process if another run has taken over the run's folder."""
         import orjson
+
+        # A lock that cannot be read is an error for a checkpoint, not for a line of the log.
+        with suppress(RunError):
+            run_lock.check_held(self._path.parent, may_be_fresh=True)
 
         # orjson writes null for NaN and infinity.
         line = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY)

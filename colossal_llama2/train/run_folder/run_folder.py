@@ -111,6 +111,10 @@ class RunFolder:
         """Remove leftovers of a dead run, and check that all hosts see the folder. Called on all ranks."""
         run_lock.prepare(self.path)
 
+    def check_held(self, *, may_be_fresh: bool = False) -> None:
+        """End this process if another run has taken over the lock; see `run_lock.check_held`."""
+        run_lock.check_held(self.path, may_be_fresh=may_be_fresh)
+
     def check_room(self, num_bytes: int, *, files: int) -> None:
         """Create the folder if needed. Raises RunError unless there is room for a checkpoint of that size."""
         self.path.mkdir(parents=True, exist_ok=True)

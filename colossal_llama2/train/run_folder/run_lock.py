@@ -5,17 +5,14 @@ report them, it serves as the lock where the file system has none, and a run tha
 one waits.
 
 locked        before torch is imported: a second run in the same folder is refused
-mark_ending   when a run begins to end early: the next one on this host waits for it
-release       before a process exits at once: a remaining lock file would refuse a restart on another host
+mark_ending   when a run begins to end early: the next one waits for it
+release       before a process exits at once: a remaining lock file would delay a restart on another host
 prepare       before step 1: leftovers are removed, and every rank reads a file of rank 0
+check_held    before something is published: another run may have taken the lock over
 """
 
-import fcntl
-import json
-import os
 import secrets
 import socket
-import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -26,60 +23,56 @@ from colossal_llama2 import logs
 from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage.files import errors_naming, open_no_link
-from colossal_llama2.train.run_folder import checkpoint_files
+from colossal_llama2.train.run_folder import checkpoint_files, lock_reach
 from colossal_llama2.train.run_folder.file_names import LOCK_NAME
+from colossal_llama2.train.run_folder.lock_claim import claim
+from colossal_llama2.train.run_folder.lock_holder import HeldLock
+from colossal_llama2.train.run_folder.lock_reach import HOST, HOSTS, mount_of
+from colossal_llama2.train.run_folder.lock_record import own_record
 
 # A shared file system may show a new file to other hosts only after some seconds.
 SHARED_AFTER_SECONDS = 10.0
 
-# How long a run waits for the previous one, which saves before it ends.
-ENDING_SECONDS = 300.0
-LOOK_SECONDS = 0.1
-
-# The lock files that this process holds, and their descriptors.
-_held_here: dict[Path, int] = {}
+# The locks that this process holds.
+_held_here: dict[Path, HeldLock] = {}
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """A context in which no other run can lock the folder. It is created if needed, and removed again if still empty.
 
-    An empty folder may remain if several calls create it at the same time.
-
-    The lock file names host and process. The system releases the lock of a dead process on this host. Whether a process
-    on another host is dead cannot be found out here, so it is assumed to run.
+    An empty folder may remain if several calls create it at the same time. How a lock that another process left is
+    judged is described in lock_claim.py.
 
     Raises:
         UserError: another run has locked the folder.
     """
     made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK_NAME
-    descriptor = _open_locked(path)
+    path, mount = folder / LOCK_NAME, mount_of(folder)
+    record = own_record(mount.kind)
+    held = HeldLock(path, claim(path, record, mount), record, mount)
     try:
-        _check_owner(path, descriptor)
-        content = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        _held_here[path] = descriptor
+        _held_here[path] = held
         try:
-            with errors_naming(path):
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, json.dumps(content).encode(), 0)
+            held.write()
+            held.begin_beats()
             yield
         finally:
             _held_here.pop(path, None)
-            _remove(path)
+            _remove(held, path)
     finally:
-        os.close(descriptor)
+        held.close()
         with suppress(OSError):
             for empty in made:
                 empty.rmdir()
 
 
-def _remove(path: Path) -> None:
+def _remove(held: HeldLock, path: Path) -> None:
     """Remove the lock file. A failure, such as on a disk that became read-only, must not hide another error."""
     is_failing = sys.exc_info()[0] is not None
     try:
-        path.unlink(missing_ok=True)
+        held.remove()
     except OSError as error:
         if not is_failing:
             logs.get_logger().warning("%s cannot be removed (%s); remove it before the next run", path, error.strerror)
@@ -87,114 +80,40 @@ def _remove(path: Path) -> None:
 
 def release() -> None:
     """Remove the lock file of this process, if it has one, since it is about to exit without leaving `locked`."""
-    for path in tuple(_held_here):
+    for held in tuple(_held_here.values()):
         with suppress(OSError):
-            path.unlink(missing_ok=True)
+            held.remove()
 
 
 def mark_ending() -> None:
     """Write to the lock file that this process is ending, so that the next run waits for it."""
-    for descriptor in tuple(_held_here.values()):
-        # The descriptor may have been closed just now.
-        with suppress(OSError, TypeError):
-            content = {**json.loads(os.pread(descriptor, 1000, 0)), "ending": True}
-            os.pwrite(descriptor, json.dumps(content).encode(), 0)
+    for held in tuple(_held_here.values()):
+        held.update(ending=True)
 
 
-def _open_locked(path: Path) -> int:
-    """Open the lock file and lock it; again, if the run that had locked it removed it in between."""
-    deadline, is_first = time.monotonic() + ENDING_SECONDS, True
-    while True:
-        descriptor = _open_regular(path)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = _owner(descriptor)
-            os.close(descriptor)
-            if owner is not None and owner["ending"] and time.monotonic() < deadline:
-                if is_first:
-                    logs.get_logger().info("Process %d is saving before it ends; waiting for its lock", owner["pid"])
-                is_first = False
-                time.sleep(LOOK_SECONDS)
-                continue
-            raise _held(path, owner, "wait until that run has ended, or stop it")
-        except OSError:
-            pass  # a file system without locks: the content of the file decides
-        try:
-            if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
-                return descriptor
-        except FileNotFoundError:
-            pass
-        os.close(descriptor)
+def check_held(folder: Path, *, may_be_fresh: bool = False) -> None:
+    """End this process if it has locked the folder and another run has taken the lock over since.
 
+    Args:
+        may_be_fresh: do not read the lock file if it was read a moment ago.
 
-def _open_regular(path: Path) -> int:
-    """Open the lock file, or create it. Raises UserError unless it is a regular file with no other name.
-
-    It is written to, and a folder from elsewhere may hold a link of that name.
+    Raises:
+        RunError: the lock file cannot be read.
     """
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-    except OSError as error:
-        if not os.path.lexists(path) or stat.S_ISREG(path.lstat().st_mode):
-            raise
-        kind = "a link" if path.is_symlink() else f"not a regular file ({error.strerror})"
-        raise UserError(f"--save_dir {path.parent}: {path.name} in it is {kind}, so it is not written to; remove it")
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-        os.close(descriptor)
-        kind = "has a second name elsewhere (a hard link)" if stat.S_ISREG(status.st_mode) else "is not a regular file"
-        raise UserError(f"--save_dir {path.parent}: {path.name} in it {kind}, so it is not written to; remove it")
-    return descriptor
+    held = _held_here.get(folder / LOCK_NAME)
+    if held is not None:
+        held.check(may_be_fresh=may_be_fresh)
 
 
-def _owner(descriptor: int) -> dict | None:
-    try:
-        content = json.loads(os.pread(descriptor, 1000, 0))
-        return {
-            "host": str(content["host"]),
-            "pid": int(content["pid"]),
-            "since": str(content["since"]),
-            "ending": content.get("ending") is True,
-        }
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return None
+def settle(folder: Path) -> None:
+    """Return when it is certain that this process has the lock; end it if another run took it at the same moment.
 
-
-def _check_owner(path: Path, descriptor: int) -> None:
-    """Accept the lock file of a dead process on this host. Raises UserError for any other owner."""
-    owner = _owner(descriptor)
-    if owner is None:
-        return
-    if owner["host"] != socket.gethostname():
-        raise _held(path, owner, f"if that run is dead, remove {path}")
-    if _is_alive(owner["pid"]) and not _holds_lock_itself(descriptor):
-        raise _held(path, owner, "wait until that run has ended, or stop it")
-    logs.get_logger().info("Replacing %s of process %d, which has died", path, owner["pid"])
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _holds_lock_itself(descriptor: int) -> bool:
-    """Whether the file system has locks. If so, this process has the lock, and the one named in the file does not."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def _held(path: Path, owner: dict | None, cure: str) -> UserError:
-    who = "another run" if owner is None else f"process {owner['pid']} on {owner['host']} since {owner['since']}"
-    return UserError(f"--save_dir {path.parent}: {who} is writing to it; {cure}, or give another folder")
+    Raises:
+        RunError: the lock file cannot be read.
+    """
+    held = _held_here.get(folder / LOCK_NAME)
+    if held is not None:
+        held.settle()
 
 
 def prepare(folder: Path) -> None:
@@ -202,12 +121,14 @@ def prepare(folder: Path) -> None:
 
     Raises:
         UserError: the hosts that do not see what rank 0 wrote.
+        RunError: the lock cannot be read.
     """
     is_first = logs.is_first_rank()
     token_path = folder / f".token-{collectives.first_rank_value(secrets.token_hex(4))}"
     with collectives.all_or_none():
         if is_first:
             folder.mkdir(parents=True, exist_ok=True)
+            settle(folder)
             checkpoint_files.remove_leftovers(folder)
             with errors_naming(token_path), open_no_link(token_path, "xb") as file:
                 file.write(token_path.name.encode())
@@ -220,6 +141,29 @@ def prepare(folder: Path) -> None:
         raise UserError(
             f"--save_dir {folder}: files that {seen[0][0]} writes there are not visible on {', '.join(blind)}; "
             f"give a folder that all hosts share"
+        )
+    _try_lock_elsewhere(folder, [host for host, _ in seen])
+
+
+def _try_lock_elsewhere(folder: Path, hosts: list[str]) -> None:
+    """Find out whether flock reaches the job's other hosts, and record it in the lock. Called on all ranks."""
+    rank = collectives.place()[0]
+    if not any(host != hosts[0] for host in hosts):
+        return
+    # One rank of each other host.
+    tries = hosts[rank] != hosts[0] and hosts.index(hosts[rank]) == rank
+    results = collectives.gather_values(lock_reach.locks_out(folder / LOCK_NAME) if tries else None)
+    found = [result for result in results if result is not None]
+    held = _held_here.get(folder / LOCK_NAME)
+    if held is None or not found:
+        return
+    held.update(reach=HOSTS if all(found) else HOST)
+    if not all(found):
+        logs.get_logger().info(
+            "--save_dir %s: flock on this file system does not reach the job's other hosts, so %s is renewed every few "
+            "seconds; a run on another host that finds it first looks for a minute whether this one still runs",
+            folder,
+            LOCK_NAME,
         )
 
 

@@ -1,0 +1,1 @@
+"""Pretended hosts on one Linux machine, and what training over several hosts is tested with."""

@@ -1,0 +1,167 @@
+"""A launch ends with its job: what its output reveals, which variables pass, and launches on real hosts.
+
+tests/cluster/run.sh tests the same with training, for each launcher.
+"""
+
+import re
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from colossal_llama2.cluster import environment, watch_launch
+from colossal_llama2.cluster.launch_output import LaunchOutput
+from tests.conftest import ROOT
+
+# torchrun 2.5 and 2.12 print this; `colossalai run` 0.5.0 adds the rest.
+REPORT = """
+============================================================
+train.py FAILED
+------------------------------------------------------------
+Failures:
+  <NO_OTHER_FAILURES>
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-30_20:{second}
+  host      : {host}
+  rank      : {rank} (local_rank: 0)
+  exitcode  : {code} (pid: 15)
+  error_file: <N/A>
+  traceback : {message}
+============================================================
+"""
+NO_TRACEBACK = "To enable traceback see: https://pytorch.org/docs/stable/elastic/errors.html"
+UNREACHABLE = (
+    "Error: failed to run torchrun --nnodes=2 train.py on 10.201.0.9, is localhost: False, exception: [Errno None] "
+    "Unable to connect to port 22 on 10.201.0.9"
+)
+ENDED = (
+    "Error: failed to run torchrun train.py on node2, is localhost: False, exception: Encountered a bad command exit "
+    "code!\n\nCommand: 'cd /x && export A=\"b\"'\n\nExit code: {}\n\nStdout: already printed\n"
+)
+
+
+def read(text: str) -> LaunchOutput:
+    output = LaunchOutput()
+    for line in text.splitlines():
+        output.read(line + "\n")
+    return output
+
+
+def report(host: str, rank: int, code: int, second: str = "00:00", message: str = NO_TRACEBACK) -> str:
+    return REPORT.format(host=host, rank=rank, code=code, second=second, message=message)
+
+
+def test_the_first_rank_that_failed_is_the_root_cause():
+    later, first = report("node1", 0, 1, "00:05"), report("node2", 1, -9, "00:03")
+    root = read(later + first).root_cause()
+    assert (root.host, root.rank, root.exit_code, root.message) == ("node2", 1, 137, "")
+    # In one second, what says most: torchrun ends the others with SIGTERM, and partners end with 1.
+    same = [report("node1", 0, -15), report("node1", 1, 1), report("node2", 2, 3, message="train.py: error: full")]
+    root = read("".join(same)).root_cause()
+    assert (root.rank, root.exit_code, root.message) == (2, 3, "train.py: error: full")
+    assert read("nothing\n").root_cause() is None
+
+
+def test_hosts_that_colossalai_has_lost():
+    failure = read(UNREACHABLE).hosts["10.201.0.9"]
+    assert not failure.was_connected and failure.code is None and "Unable to connect" in failure.reason
+    assert read(ENDED.format(1)).hosts["node2"].code == 1
+    # A connection that is lost says nothing about the ranks there.
+    assert [host.host for host in read(ENDED.format(-1)).lost_hosts()] == ["node2"]
+
+
+@pytest.mark.parametrize(
+    "line, meaning",
+    [
+        ("bash: line 1: torchrun: command not found", "no torchrun there"),
+        ("python: can't open file '/w/train.py': [Errno 2] No such file or directory", "no file /w/train.py there"),
+        ("export: Command not found.", "login shell"),
+        ("torch.distributed.DistNetworkError: ... EADDRINUSE", "set another MASTER_PORT"),
+    ],
+)
+def test_messages_of_other_programs_are_explained(line, meaning):
+    assert meaning in read(line).hints[0]
+
+
+def test_variables_for_command_lines():
+    passed = environment.for_command_line(
+        {
+            "PATH": "/bin",
+            "NCCL_IB_HCA": "mlx5_1:1,mlx5_2:1",
+            "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_TOKEN": "hf_x",
+            "WANDB_API_KEY": "x",
+            "https_proxy": "http://me:sesame@proxy",
+            "TORCH_LOGS": '+"dynamo"',
+            "CUDA_VISIBLE_DEVICES": "",
+            "MINE": "1",
+            "MY_PASSWORD": "1",
+            "LS_COLORS": "1",
+            "SLURM_JOB_ID": "1",
+            "BASH_FUNC_a%%": "() { :; }",
+        },
+        more="MY_PASSWORD",
+    )
+    assert list(passed.variables) == ["NCCL_IB_HCA", "PATH", "PYTORCH_CUDA_ALLOC_CONF", "TOKENIZERS_PARALLELISM"]
+    assert passed.secret == ["HF_TOKEN", "MY_PASSWORD", "WANDB_API_KEY", "https_proxy"]
+    assert (passed.unquotable, passed.empty, passed.unknown) == (["TORCH_LOGS"], ["CUDA_VISIBLE_DEVICES"], ["MINE"])
+    assert len(passed.reports()) == 4 and "sesame" not in "".join(passed.reports())
+
+
+def test_the_timeout_of_hosts_is_that_of_ranks():
+    assert watch_launch.dist_timeout(["--lr", "1"]) == 600
+    assert watch_launch.dist_timeout(["--dist_timeout", "5", "--x", "--dist_timeout=30"]) == 30
+
+
+@pytest.fixture
+def launch(make_cluster, tmp_path):
+    """A function that starts a script on two hosts, and returns exit code, errors, seconds, and the hosts."""
+    (tmp_path / "hostfile").write_text("node1\nnode2\n")
+    (tmp_path / "colossal_llama2").symlink_to(ROOT / "colossal_llama2")
+
+    def start(launcher: str, script: str, *, prepare=lambda cluster: None, **variables: str):
+        (tmp_path / "script.py").write_text(script)
+        cluster = make_cluster(2)
+        prepare(cluster)
+        options = f"--launcher {launcher} --hostfile hostfile --nproc_per_node 1 --name train.sh script.py".split()
+        command = [sys.executable, "-m", "colossal_llama2.cluster.watch_launch", *options]
+        path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+        started = time.monotonic()
+        process = cluster.run(1, command, cwd=tmp_path, env={"PATH": path, **variables}, timeout=100)
+        return process.returncode, process.stderr, time.monotonic() - started, cluster
+
+    return start
+
+
+def processes(cluster, host: int) -> str:
+    return cluster.run(host, ["ps", "-A", "-o", "args"]).stdout
+
+
+def test_a_script_that_fails_on_one_host_ends_the_launch(launch, tmp_path):
+    """With its exit code and host, and nothing is left on the other. Secrets reach it unseen."""
+    script = (
+        "import os, subprocess, sys, time\nfrom pathlib import Path\n"
+        "if os.environ['RANK'] == '0':\n    Path('started').touch()\n    time.sleep(300)\n"
+        "while not Path('started').exists():\n    time.sleep(0.1)\n"
+        "assert os.environ['MY_SECRET'] == 'a \"$b\" \\\\ c'\n"
+        "assert '$b' not in subprocess.run(['ps', '-A', '-o', 'args'], capture_output=True, text=True).stdout\n"
+        "sys.exit(7)\n"
+    )
+    code, errors, _, cluster = launch("torchrun", script, MY_SECRET='a "$b" \\ c')
+    assert code == 7, errors
+    assert errors.splitlines()[-1] == "train.sh: error: node2: rank 1 ended with exit code 7"
+    assert not any("script.py" in processes(cluster, host) for host in (1, 2))
+
+
+def test_colossalai_run_ends_when_a_host_refuses_it(launch):
+    """By itself it waits for ever. train.sh checks hosts before, but a host may change its mind."""
+    code, errors, seconds, cluster = launch(
+        "colossalai", "import time\ntime.sleep(300)\n", prepare=lambda cluster: cluster.authorize(2, False)
+    )
+    assert code == 1 and seconds < 60
+    assert re.match("train.sh: error: node2: no ssh connection: Authentication", errors.splitlines()[-1]), errors
+    assert "script.py" not in processes(cluster, 1)
