@@ -363,9 +363,15 @@ def test_ranks_end_with_colossalai_run_unless_nohup(tmp_path, ignored, ends):
     starter = tmp_path / "colossalai"
     starter.write_text(STARTER)
     words = [sys.executable, starter, "run", LAUNCHER, RANK]
-    before = (lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) if ignored else None
+    # The tests themselves may have been started with nohup.
+    action = signal.SIG_IGN if ignored else signal.SIG_DFL
     process = subprocess.Popen(
-        words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=before
+        words,
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, action),
     )
     ranks = dict(process.stdout.readline().rsplit(" ", 1) for _ in range(2))
     parent = parent_of(int(ranks["torchrun"]))
