@@ -112,9 +112,18 @@ def compare(
 
 
 def make_model(
-    folder: Path, hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocabulary: int, is_tied: bool
+    folder: Path,
+    hidden: int,
+    inner: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    vocabulary: int,
+    is_tied: bool,
+    *,
+    shards: int | None = None,
 ) -> None:
-    """Write a LLaMA of random weights."""
+    """Write a LLaMA of random weights in float32; with `shards` in bfloat16, in about that many files."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -129,7 +138,11 @@ def make_model(
         tie_word_embeddings=is_tied,
         max_position_embeddings=4096,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    if shards is None:
+        model.save_pretrained(folder)
+    else:
+        model.bfloat16().save_pretrained(folder, max_shard_size=2 * model.num_parameters() // shards)
 
 
 def predict(words: list[str], ranks: int) -> int:
@@ -146,29 +159,35 @@ def predict(words: list[str], ranks: int) -> int:
     return rank_memory(shape, memory_plan(resolve_with_problems(args)[0], ranks, has_documents=False, on_cpu=True)).peak
 
 
-def launch(words: list[str], ranks: int, malloc: dict[str, str]) -> dict[str, int]:
-    """Run train.py on `ranks` ranks; returns the bytes of the rank with the most: in its steps, and while loading."""
+def launch(
+    words: list[str], ranks: int, malloc: dict[str, str], *, script: str = __file__, marker: str = '{"steps"'
+) -> dict[str, int]:
+    """Run train.py on `ranks` ranks; returns the bytes of the rank with the most: in its steps, and while loading.
+
+    Args:
+        script: whose --measure each rank runs.
+        marker: the beginning of the line that each rank prints.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", **malloc}
     environment.update(CUDA_VISIBLE_DEVICES="", TORCHINDUCTOR_COMPILE_THREADS="1")
     done = subprocess.run(
-        [*command, __file__, "--measure", *words], env=environment, capture_output=True, text=True, cwd=ROOT
+        [*command, script, "--measure", *words], env=environment, capture_output=True, text=True, cwd=ROOT
     )
     if done.returncode:
         sys.exit(done.stderr[-3000:])
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"steps"')]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith(marker)]
     assert len(found) == ranks, done.stdout
     return {name: max(row[name] for row in found) for name in found[0]}
 
 
-def measure(words: list[str]) -> None:
-    """One rank: import, read the resident memory, train, and report the peaks while loading and during the steps."""
+def import_all(words: list[str]) -> None:
+    """Import what training imports, so that it is not counted."""
     import datasets  # noqa: F401
-    import torch.distributed.optim
+    import torch.distributed.optim  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import train
-    from colossal_llama2.engine import device
+    import train  # noqa: F401
     from colossal_llama2.engine.patches import placeholders
     from colossal_llama2.train import benchmark, run  # noqa: F401
 
@@ -179,6 +198,16 @@ def measure(words: list[str]) -> None:
         # PEFT would import it with the first adapter, where it is installed. It is not among the requirements.
         sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
         import peft  # noqa: F401
+
+
+def measure(words: list[str]) -> None:
+    """One rank: import, read the resident memory, train, and report the peaks while loading and during the steps."""
+    import_all(words)
+    import torch.distributed
+
+    import train
+    from colossal_llama2.engine import device
+    from colossal_llama2.train import benchmark
 
     before = reset_peak()
     run_steps = benchmark.measure

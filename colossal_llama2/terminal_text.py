@@ -12,6 +12,7 @@ by number.
 import re
 import sys
 import unicodedata
+from contextlib import suppress
 from typing import TextIO
 
 # Controls, format characters (direction, joining), halves of surrogate pairs, private use, line separators.
@@ -46,6 +47,15 @@ def show(text: str, *, file: TextIO | None = None, end: str = "\n") -> None:
 def show_line(text: str, *, file: TextIO | None = None) -> None:
     """Print `one_line(text)` at once; to stdout without `file`."""
     print(one_line(text), file=file or sys.stdout, flush=True)
+
+
+def report_line(text: str) -> None:
+    """The same on stderr, for threads and for the end of a process: nothing is raised if its reader is gone.
+
+    The reader is often gone when a launcher was killed, or its connection to this host.
+    """
+    with suppress(OSError):
+        show_line(text, file=sys.stderr)
 
 
 def visible(text: str) -> str:

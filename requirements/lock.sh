@@ -60,3 +60,11 @@ add llama-cpp "For tests/test_llama_cpp.py: pip install --no-deps -r requirement
 add gpu "For GPUs: pip install --no-deps --no-build-isolation -r requirements-gpu.txt"
 pins requirements.txt | grep '^protobuf==' >"$work/overrides"
 add trackers "For --report_to: pip install --no-deps -r requirements-trackers.txt" --overrides "$work/overrides"
+
+# Programs that read a saved model, each for an environment of its own. They leave PyTorch out, since it depends on the
+# machine which build of it, for CPUs or GPUs, is installed first; so do packages that are compiled against it, which
+# vLLM needs for pictures and sound alone.
+printf '%s ; python_version < "3"\n' torch torchaudio torchcodec torchvision >"$work/left-out"
+for source in requirements/clients/*.in; do
+    lock "${source%.in}.txt" "For python -m tests.clients, which installs it" "$source" --overrides "$work/left-out"
+done

@@ -102,6 +102,8 @@ OPTIONS = {
     "lora recomputing": Option(flags=(*LORA, "--use_grad_checkpoint"), lora_rank=LORA_RANK),
     "lora documents": Option(flags=(*LORA, "--document_mask", "on"), lora_rank=LORA_RANK, data="spliced", lr=LOW_LR),
     "lora with logits": Option(flags=(*LORA, "--chunked_loss", "off"), lora_rank=LORA_RANK),
+    "lora tied": Option(flags=LORA, lora_rank=LORA_RANK, model="tied"),
+    "lora llama3": Option(flags=LORA, lora_rank=LORA_RANK, model="llama3", lr=LOW_LR),
     "lora grown": Option(flags=LORA, lora_rank=LORA_RANK, model="grown"),
     "far": Option(flags=("--max_length", str(FAR_LENGTH)), model="far", data="far", batch=FAR_BATCH),
 }

@@ -11,7 +11,14 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from colossal_llama2.cli import cluster_flags, data_flags, inference_flags, tokenizer_flags, train_flags
+from colossal_llama2.cli import (
+    cluster_flags,
+    data_flags,
+    evaluation_flags,
+    inference_flags,
+    tokenizer_flags,
+    train_flags,
+)
 from colossal_llama2.cli.parser import CommandParser
 
 INTRODUCTION = """\
@@ -30,6 +37,7 @@ COMMANDS: dict[str, tuple[Callable[[], CommandParser], str | None]] = {
     "train.py": (train_flags.train_parser, None),
     "train_sft.py": (train_flags.train_sft_parser, "train.py"),
     "inference_example.py": (inference_flags.inference_parser, None),
+    "colossal_llama2.evaluation": (evaluation_flags.evaluation_parser, None),
     "colossal_llama2.model.merge_lora": (tokenizer_flags.merge_lora_parser, None),
     "colossal_llama2.tokenizer.mine_tokens": (tokenizer_flags.mine_tokens_parser, None),
     "colossal_llama2.tokenizer.compare": (tokenizer_flags.compare_parser, None),

@@ -7,7 +7,7 @@
 The questions and answers are from chatterbot-corpus, half of them Chinese, half English. Each case runs
 prepare_sft_dataset.py, train_sft.py on two CPU ranks and inference_example.py, which gets no flag about the form of
 prompts: it must find that in the model's folder. "resumed" has NEFTune, accumulates 8 micro batches, and is resumed in
-the middle.
+the middle. "lora" trains an adapter on a model that has learned other questions, and asks the merged model.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from colossal_llama2.dataset.write.prepare import prepare_sft
+from colossal_llama2.model.merge_lora import MergeSettings, merge_lora
 from tests import fork_server, layouts, tiny
 from tests.byte_level import make_byte_level
 from tests.preparing import settings, write_lines
@@ -32,12 +33,20 @@ RATE = 4e-3
 
 
 class Case(NamedTuple):
-    """A training run: a layout of tests/layouts.py, and how it differs from one run without interruption."""
+    """A training run: a layout of tests/layouts.py, and how it differs from one run without interruption.
+
+    Attributes:
+        batch: conversations of an optimizer step.
+        has_adapter: trains an adapter on a model that has learned other questions.
+    """
 
     layout: str
     flags: tuple[str, ...] = ()
     accumulation_steps: int = 1
     is_resumed: bool = False
+    batch: int = BATCH
+    rate: float = RATE
+    has_adapter: bool = False
 
 
 CASES = {
@@ -49,12 +58,17 @@ CASES = {
     "3d": Case("fp32 3d"),
     "3d tp2": Case("fp32 3d tp2"),
     "3d pp2": Case("fp32 3d pp2"),
-    "resumed": Case("fp32 zero2", ("--use_neft", "--neft_alpha", "1"), accumulation_steps=4, is_resumed=True),
+    # One micro batch has one conversation, on two ranks.
+    "resumed": Case("fp32 zero2", ("--use_neft", "--neft_alpha", "1"), accumulation_steps=8, is_resumed=True, batch=16),
+    "lora": Case("fp32 zero2", ("--lora_rank", "32"), rate=1e-2, has_adapter=True),
 }
 
 
-def questions(count: int) -> list[tuple[str, str]]:
-    """Short questions with their answers, by turns Chinese and English; no question is asked twice."""
+def questions(count: int, *, are_others: bool = False) -> list[tuple[str, str]]:
+    """Short questions with their answers, by turns Chinese and English; no question is asked twice.
+
+    With `are_others`, they are as many other questions.
+    """
     import yaml
 
     found: dict[str, dict[str, str]] = {"chinese": {}, "english": {}}
@@ -68,7 +82,7 @@ def questions(count: int) -> list[tuple[str, str]]:
     chosen = []
     for pairs in found.values():
         step = len(pairs) // (count // 2)
-        chosen.append(list(pairs.items())[::step][: count // 2])
+        chosen.append(list(pairs.items())[step // 2 if are_others else 0 :: step][: count // 2])
     return [pair for both in zip(*chosen, strict=True) for pair in both]
 
 
@@ -85,9 +99,10 @@ def prepare(folder: Path, tokenizer: Path, pairs: Sequence[tuple[str, str]], tem
 
 def train(folder: Path, model: Path, part: str, case: Case, *, epochs: int) -> Path:
     """Run train_sft.py, and return the folder of the model that it wrote."""
-    words = ["--pretrained", model, "--dataset", part, "--max_length", 256, "--lr", RATE, "--num_epochs", epochs]
+    words = ["--pretrained", model, "--dataset", part, "--max_length", 256, "--lr", case.rate]
+    words += ["--num_epochs", epochs]
     words += ["--save_dir", folder / "run", "--tensorboard_dir", folder / "tb", "--config_file", folder / "config.json"]
-    batch = layouts.flags(case.layout, batch=BATCH, accumulation_steps=case.accumulation_steps)
+    batch = layouts.flags(case.layout, batch=case.batch, accumulation_steps=case.accumulation_steps)
     words += [*batch, *case.flags, "--save_interval", 20, "--skip_save_each_epoch", "--weight_decay", 0]
     _, _, name = case.layout.partition(" ")
     ranks = layouts.LAYOUTS[case.layout.partition(" ")[0]][name].ranks
@@ -116,15 +131,36 @@ def _run(script: str, *words: object, ranks: int = 0) -> str:
     return process.stdout
 
 
+def trained_model(
+    folder: Path,
+    case: Case,
+    model: Path,
+    tokenizer: Path,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    template: str,
+    epochs: int = EPOCHS,
+) -> Path:
+    """The folder of what a model with this tokenizer becomes by training on the questions."""
+    if case.has_adapter:
+        other = prepare(folder / "others", tokenizer, questions(len(pairs), are_others=True), template)
+        model = train(folder / "others", model, other, CASES["zero2"], epochs=epochs)
+    trained = train(folder, model, prepare(folder / "data", tokenizer, pairs, template), case, epochs=epochs)
+    if not case.has_adapter:
+        return trained
+    merge_lora(MergeSettings(str(model), str(trained), str(folder / "merged")))
+    return folder / "merged"
+
+
 def wrong_answers(folder: Path, case: Case, *, count: int, template: str, epochs: int = EPOCHS) -> list[str]:
     """The questions that a case answers otherwise than it was trained to, with the answers."""
     if template == "colossal" or template == "llama2":
         tokenizer = tiny.make_tokenizer(folder / "tokenizer")
     else:
         tokenizer = make_byte_level(folder / "tokenizer")
-    model = tiny.make_model(folder / "model", tokenizer, heads=8)
     pairs = questions(count)
-    trained = train(folder, model, prepare(folder / "data", tokenizer, pairs, template), case, epochs=epochs)
+    model = tiny.make_model(folder / "model", tokenizer, heads=8)
+    trained = trained_model(folder, case, model, tokenizer, pairs, template=template, epochs=epochs)
     asked = ask(trained, folder / "data" / "in" / "rows.jsonl")
     assert [(question, answer) for question, answer, _ in asked] == pairs
     # llama2 writes a space on both sides of an answer.

@@ -72,6 +72,8 @@ TRAIN = {
     ("--continue_data",): ([], True, False),
     ("--eval_dataset",): (["en=a", "zh=b"], ["en=a", "zh=b"], None),
     ("--eval_interval",): ("200", 200, None),
+    ("--eval_prompts",): ("p.txt", "p.txt", None),
+    ("--eval_prompt_tokens",): ("9", 9, 64),
     ("--forgetting_alarm",): ("en=0.05", ["en=0.05"], None),
     ("--on_forgetting",): ("stop", "stop", "warn"),
 }

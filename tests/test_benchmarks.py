@@ -54,6 +54,14 @@ BENCHMARKS = {
         """,
         needs_folder=False,
     ),
+    "bench_evaluation": Benchmark(
+        "--smallest",
+        """
+        items per second, relative to one at a time lm-eval
+        questions after # examples # -
+        answers after # examples # -
+        """,
+    ),
     "bench_inference": Benchmark(
         "--smallest",
         """
@@ -99,6 +107,13 @@ BENCHMARKS = {
         """
         MB per rank predicted measured predicted / measured while loading
         zero2, fp32 # # # #
+        """,
+    ),
+    "bench_checkpoints": Benchmark(
+        "--smallest",
+        """
+        MB per rank model held file loading ratio held file saving ratio
+        # M, zero2 # # # # # # # # #
         """,
     ),
     "bench_operations": Benchmark(

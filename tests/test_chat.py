@@ -205,7 +205,7 @@ REFUSED_TEMPLATES = {
     "{{ raise_exception('never') }}": "refuses: never",
     "{{ undefined_name.field }}": "refuses: 'undefined_name' is undefined",
     "{{ ''.__class__.__mro__ }}": "refuses: access to attribute '__class__'",
-    "{{ strftime_now('%Y') }}": "refuses: 'strftime_now' is undefined",
+    "{{ strftime_now('%Y') }}": "refuses: 'strftime_now' is undefined; write a date in its place",
     "{{ 'a' * 10 ** 10 }}": "it needs over 1024 MiB of memory",
     "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}": "calls itself without end",
     "{% generation %}{{ eos_token }}{% endgeneration %}": "marks 1 answers of a conversation with 2",

@@ -338,11 +338,12 @@ def test_checkpoints_are_listed_in_the_order_they_were_written(tmp_path):
     assert checkpoint_files.complete_checkpoints(tmp_path) == [early, late]
 
 
-def test_leftovers_are_removed_and_a_half_replaced_checkpoint_is_restored(tmp_path):
+@pytest.mark.parametrize("mark", ["", ".0123abcd"])
+def test_leftovers_are_removed_and_a_half_replaced_checkpoint_is_restored(tmp_path, mark):
     kept = bare_checkpoint(tmp_path, 5, saved_at=1.0)
     replaced = bare_checkpoint(tmp_path, 10, saved_at=2.0)
-    replaced.rename(tmp_path / "epoch-0_step-10.old")
-    for name in ("epoch-0_step-10.tmp", "epoch-0_step-5.old", "modeling.tmp"):
+    replaced.rename(tmp_path / f"epoch-0_step-10{mark}.old")
+    for name in (f"epoch-0_step-10{mark}.tmp", f"epoch-0_step-5{mark}.old", "modeling.tmp"):
         (tmp_path / name).mkdir()
     (tmp_path / "latest.tmp").write_text("x")
     (tmp_path / "notes.tmp").write_text("the user's")

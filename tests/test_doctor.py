@@ -1,12 +1,14 @@
 """The doctor: what it asks of a host, the one line for each fault, and what a user sees. Real hosts: tests/cluster."""
 
 import dataclasses
+import errno
 import fcntl
 import json
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,8 +17,10 @@ import pytest
 from colossal_llama2.cluster.doctor import exchange, host_report, remote, survey
 from colossal_llama2.cluster.doctor.findings import all_findings
 from colossal_llama2.cluster.doctor.survey import Probe, Question, Reply
+from colossal_llama2.cluster.doctor.variables import findings as variable_findings
 from colossal_llama2.cluster.hostfile import Host
 from colossal_llama2.train import doctor
+from colossal_llama2.train.run_folder import lock_record
 from tests.conftest import ROOT
 
 GIB = 1 << 30
@@ -32,7 +36,7 @@ def good_report(number: int) -> dict:
     return {
         "started": 1000.1,
         "ended": 1000.2,
-        "port": {"problem": None},
+        "port": {"problem": None, "from": 1000.1, "until": 1004.1},
         "host": {
             "name": f"node{number}",
             "user": "me",
@@ -133,6 +137,7 @@ FAULTS = [
         [["NVIDIA A800-SXM4-80GB", "550.1", "8", "9000"]] * 8,
         "warning: node2: another program uses GPU 0, 1",
     ),
+    ("gpus", "slow", 8.0, "warning: node2: nvidia-smi took more than 8 s; switch persistence mode on"),
     ("paths", "model", None, "error: node2: has no model; copy it to the same path"),
     (
         "paths",
@@ -217,13 +222,38 @@ def test_which_of_ssh_and_fabric_fails_is_named(problems, launcher, message):
     assert message in found
 
 
+def test_this_host_needs_no_ssh_to_itself():
+    given = replies()
+    given[0] = dataclasses.replace(given[0], needs_ssh=False, ssh_problem="refuses", fabric_problem="refuses")
+    assert lines(given) == ["warning: node1: refuses; it is this host, so the launch itself does not need it"]
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"NCCL_DEBUG": "INFO", "PATH": "/bin", "PS1": "$ "}, None),
+        ({"NCCL_DEBUG_FILE": 'a"b'}, "error: NCCL_DEBUG_FILE: a shell would change the value"),
+        (
+            {"HF_TOKEN": "abc", "WANDB_API_KEY": "d"},
+            "warning: HF_TOKEN, WANDB_API_KEY: colossalai run by hand shows it",
+        ),
+        ({"UID": "0", "BASH_FUNC_f%%": "() { :; }"}, "warning: BASH_FUNC_f%%, UID: no shell sets it"),
+    ],
+)
+def test_variables_that_colossalai_cannot_pass_are_named(variables, message):
+    found = [f"{finding.kind}: {finding.text}" for finding in variable_findings(variables)]
+    assert (message is None and found == []) or (len(found) == 1 and found[0].startswith(message))
+
+
 def test_a_part_that_hangs_or_a_missing_folder_is_named():
     given = replies()
+    del given[0].report["save_folder"]
     del given[1].report["paths"]
     given[2].report = {"missing": "folder"}
     assert [line.partition(";")[0] for line in lines(given)] == [
         "error: node3: has no folder /job",
-        "error: node2: reading model and data did not end in time",
+        "error: node1: the check of --save_dir did not end within 10 s",
+        "warning: node2: comparing model and data took more than 10 s and was left out",
     ]
 
 
@@ -269,12 +299,33 @@ def test_a_lock_is_explained_by_what_its_host_reports():
         assert found.startswith(message)
 
 
+def test_a_lock_of_this_host_before_it_was_started_again_is_not_judged_by_its_process_id(tmp_path, monkeypatch):
+    lock = tmp_path / ".lock"
+    lock.touch()
+    own = {"host": socket.gethostname(), "pid": os.getpid(), "kernel": lock_record.kernel_id(), "processes": None}
+    assert host_report._is_alive(own, lock) is False  # flock shows that nobody has it
+
+    def missing(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(host_report.fcntl, "flock", missing)
+    assert host_report._is_alive(own, lock) is True
+    assert host_report._is_alive({**own, "kernel": "an earlier one"}, lock) is None
+
+
 def test_a_taken_port_is_named_once():
     given = replies()
     for reply in given:
         reply.report["port"]["problem"] = "Address already in use" if reply is given[0] else "Connection refused"
     (found,) = lines(given)
     assert found.startswith("error: node1: MASTER_PORT=30013 cannot be used (Address already in use); see who has it")
+
+
+def test_a_host_that_could_not_call_in_time_is_not_called_blocked():
+    given = replies()
+    given[1].report["port"] = {"problem": "Connection refused", "from": 1004.0, "until": 1009.0}
+    (found,) = lines(given)
+    assert found.startswith("warning: node2: could not be asked to connect to node1 on MASTER_PORT=30013, since ssh")
 
 
 @pytest.mark.parametrize(
@@ -314,8 +365,32 @@ def test_files_are_compared_by_size_and_small_ones_by_contents(tmp_path):
 def test_a_part_that_hangs_does_not_delay_the_report(monkeypatch):
     parts = {"slow": lambda request: time.sleep(30), "quick": lambda request: 1, "wrong": lambda request: 1 / 0}
     monkeypatch.setattr(host_report, "PARTS", parts)
-    report = host_report.report({"seconds": 0.1})
+    report = host_report.report({"seconds": 0.1, "path_seconds": 0.1})
     assert report["quick"] == 1 and "slow" not in report and "ZeroDivisionError" in report["wrong"]["failed"]
+
+
+def test_the_last_caller_of_the_port_gets_its_answer():
+    """The first host's process ends when all have called, but not before they have been answered."""
+    with socket.create_server(("", 0)) as free:
+        number = free.getsockname()[1]
+    request = {
+        "seconds": 10,
+        "path_seconds": 10,
+        "port": {"number": number, "callers": 1, "token": "secret", "seconds": 5},
+    }
+    program = "from colossal_llama2.cluster.doctor import host_report as r; r.PARTS = {'port': r.port}; r.main(%r)"
+    process = subprocess.Popen([sys.executable, "-c", program % json.dumps(request)], cwd=ROOT, stdout=subprocess.PIPE)
+    assert host_report._call("localhost", number, "secret", time.monotonic() + 10) is None
+    output, _ = process.communicate(timeout=10)
+    assert json.loads(output.decode().removeprefix(host_report.MARK))["port"]["problem"] is None
+
+
+def test_another_program_on_the_port_is_recognized():
+    with socket.create_server(("", 0)) as server:
+        threading.Thread(target=lambda: server.accept()[0].sendall(b"SSH-2.0"), daemon=True).start()
+        number = server.getsockname()[1]
+        problem = host_report._call("localhost", number, "secret", time.monotonic() + 0.3)
+    assert problem in ("another program answers there", "timed out")
 
 
 @pytest.mark.parametrize("shell, is_fine", [("/bin/sh", True), ("/bin/false", False), ("/no/shell", False)])
@@ -413,12 +488,12 @@ def test_the_table_fits_80_columns():
 @pytest.mark.parametrize(
     "program, message",
     [
-        ("exec sleep 30", "rank 0: within 1 s did not start"),
+        ("exec sleep 30", "rank 0: did not start within 1 s; run python"),
         (
-            f'echo \'{exchange.WORKER_MARK}{{"rank": 0, "stage": "imported"}}\'; sleep 30',
-            "on MASTER_PORT=30013; check that",
+            'echo \'MARK{"rank": 0, "stage": "imported"}\'; sleep 30',
+            "rank 0: did not connect to localhost on MASTER_PORT=30013 within 1 s; open that port",
         ),
-        (f'echo \'{exchange.WORKER_MARK}{{"rank": 0, "problem": "oh"}}\'; exit 1', "rank 0: did not start (oh)"),
+        ('echo \'MARK{"rank": 0, "problem": "oh"}\'; exit 1', "rank 0: did not start (oh); run python"),
     ],
 )
 def test_a_rank_that_gets_stuck_is_named_with_where(program, message, tmp_path):
@@ -429,6 +504,16 @@ def test_a_rank_that_gets_stuck_is_named_with_where(program, message, tmp_path):
     seconds = 5 if "problem" in program else 1
     rows, found = exchange.exchange([], question, 1, seconds=seconds, variables={})
     assert rows == [] and len(found) == 1 and message in found[0].text
+
+
+def test_a_slow_link_is_named_by_the_rank_that_receives():
+    rates = (1.1e9, 1.2e7, 1.0e9)
+    ranks = [
+        exchange.Rank(number, Host(name), figures={"gloo": {"receive": rate}})
+        for number, (name, rate) in enumerate(zip(NAMES, rates, strict=True))
+    ]
+    (found,) = exchange._slow_links(ranks)
+    assert found.text.startswith("node2: rank 1: receives 12 MB/s from node1 over gloo, others 1.0 GB/s; check cable")
 
 
 @pytest.mark.slow

@@ -98,6 +98,8 @@ def test_what_plugins_keep_of_a_7b():
     assert tp["optimizer"] == 2 * tp["master weights"] == 4 * tp["weights"]
     half = found(8, plugin="3d", pp_size=2, zero_stage=0, micro_batch_size=2)
     assert half.device["update"]["weights"] == 2 * (16 * 202_383_360 + 32000 * 4096 + 4096 * (half.peak_moment == ""))
+    # The microbatches of a pipeline add their gradients, as accumulated micro batches do.
+    assert half.device["loss"]["gradients"] == half.device["update"]["weights"]
     offloaded = found(64, plugin="zero2_cpu")
     assert offloaded.host["optimizer"] == 8 * PARAMETERS_7B // 64
     assert "optimizer" not in offloaded.device["update"]
@@ -190,11 +192,11 @@ def test_gemini_holds_a_chunk_and_the_next_one_in_backward():
 
 
 def test_chunks_hold_every_weight_and_divide_among_ranks():
-    sizes = [5000, 700, 700, 300, 900, 20, 5000]
+    sizes = (5000, 700, 700, 300, 900, 20, 5000)
     for shards in (1, 2, 3):
         chunks = memory.chunk_sizes(sizes, minimum_m=1024 / 2**20, shards=shards)
         assert sum(chunks) >= sum(sizes) and all(size % shards == 0 for size in chunks)
-    assert memory.chunk_sizes(sizes, minimum_m=1, shards=2) == [sum(sizes)]
+    assert memory.chunk_sizes(sizes, minimum_m=1, shards=2) == (sum(sizes),)
 
 
 def test_activations_of_a_layer_by_hand():
@@ -435,6 +437,29 @@ def test_all_problems_are_reported_at_once(model_dir, data, tmp_path, monkeypatc
     ):
         assert words in output
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("make_parser", [train_flags.train_parser, train_flags.train_sft_parser])
+def test_a_run_is_planned_from_only_a_config(make_parser, model_dir, data, tmp_path, monkeypatch, capsys, caplog):
+    """The same plan as from the whole folder; what is not compared is logged."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "alone").mkdir()
+    shutil.copy(model_dir / "config.json", tmp_path / "alone")
+    printed = []
+    for folder in (str(model_dir), "alone"):
+        words = ["--pretrained", folder, "--dataset", *data, "--dry_run", "--num_ranks", "2", "--plugin", "zero2"]
+        with caplog.at_level("INFO"):
+            dry_run.dry_run(*resolve_with_problems(make_parser().parse_args(words)))
+        printed.append(re.sub(r"\d+\.\d+ GiB|\d+\.\d+ GB free", "", capsys.readouterr().out))
+    assert printed[0] == printed[1] and "memory per rank" in printed[0] and "disk: " in printed[0]
+    assert "alone has no tokenizer, so none is compared" in caplog.text
+    assert "alone has no weights: planned only from its config.json" in caplog.text
+    # A run needs both, and weights that would be unpickled are refused in a dry run too.
+    with pytest.raises(UserError, match="alone: has no safetensors weights"):
+        resolve(make_parser().parse_args([word for word in words[:-4] if word != "--dry_run"]))
+    (tmp_path / "alone" / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="pickled weights"):
+        resolve(make_parser().parse_args(words))
 
 
 def test_a_benchmark_is_planned_from_only_a_config(run_forked, model_dir, tmp_path):

@@ -8,15 +8,21 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from colossal_llama2.dataset.write.prepare import prepare_pretrain
-from colossal_llama2.train.report import train_log
+from colossal_llama2.dataset.write.prepare import prepare_pretrain, prepare_sft
+from colossal_llama2.inference.generation import generate, generate_tokens
+from colossal_llama2.inference.prompt_file import read_prompts
+from colossal_llama2.inference.prompts import PROMPT_SUFFIX, chat_ids
+from colossal_llama2.inference.settings import GenerationSettings
+from colossal_llama2.inference.streaming import TextStream
+from colossal_llama2.markdown import plain
+from colossal_llama2.train.report import reporter, train_log
 from tests import bits_per_byte, layouts, preparing, tiny
 from tests.launching import launch
 from tests.training_jobs import Job, finished, weights_of
 
-LENGTH = 64
+LENGTH, CHAT_LENGTH = 64, 192
 FLOAT32_RUNS = {
     "ddp": layouts.flags("fp32 ddp"),
     "zero2": layouts.flags("fp32 zero2"),
@@ -36,6 +42,8 @@ BFLOAT16_RUNS = {
     "3d_pp2_bf16": layouts.flags("bf16 3d pp2 zero1", "--microbatch_size", "2"),
 }
 UNMEASURED = ("zero2", "gemini", "gemini_auto", "3d_pp2_bf16")
+ANSWER_TOKENS = 5
+GREEDY = GenerationSettings(max_new_tokens=ANSWER_TOKENS, do_sample=False, temperature=1, top_k=1, top_p=1, seed=None)
 # The evaluation that a signal interrupts in each run: the one after step 4, and the one after the last step, 7.
 CUT = {"cut_at_4": (1, "3d_pp2_bf16"), "cut_at_the_end": (2, "zero2")}
 
@@ -60,7 +68,18 @@ def prepared(tmp_path_factory, tokenizer_dir) -> Path:
 
 
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory, prepared, model_dir) -> dict[str, Job]:
+def chats(tmp_path_factory, tokenizer_dir) -> Path:
+    """A bin of five conversations, the last of which has two questions."""
+    folder = tmp_path_factory.mktemp("chats")
+    pairs = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!"}] for n in "abcd"]
+    rows = [{"messages": turns} for turns in [*pairs, pairs[0] + pairs[1]]]
+    preparing.write_lines(folder / "in" / "rows.jsonl", rows)
+    prepare_sft(**preparing.settings([folder / "in"], tokenizer_dir, folder, max_length=CHAT_LENGTH))
+    return folder / "arrow" / "part-00000"
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory, prepared, model_dir, chats) -> dict[str, Job]:
     """Every run of this file, by name."""
     folder = tmp_path_factory.mktemp("jobs")
     specs = {}
@@ -73,9 +92,15 @@ def jobs(tmp_path_factory, prepared, model_dir) -> dict[str, Job]:
         common = ["--pretrained", model_dir, "--dataset", prepared, "--max_length", LENGTH, "--lr", "1e-3"]
         common += ["--save_dir", here / "ckpt", "--tensorboard_dir", here / "tb", "--config_file", here / "config.json"]
         common += ["--micro_batch_size", "4", "--save_interval", "4"]
-        specs[name] = {"name": name, "script": "train.py", "flags": [str(word) for word in [*common, *flags]], **more}
+        words = [str(word) for word in [*common, *flags]]
+        specs[name] = {"name": name, "script": "train.py", "flags": words, **more}
 
+    # Seven prompts of different lengths: two batches of 4, of which ranks that see different data take one each.
+    prompts = folder / "prompts.txt"
+    texts = [f"  {document}".replace("\n", " ") for document in tiny.english_documents()[:7]]
+    prompts.write_text("\n".join(text[n % 3 : 7 + 3 * n] for n, text in enumerate(texts)))
     measured = ("--eval_dataset", f"en={prepared}", "--eval_interval", "4")
+    measured += ("--eval_prompts", prompts, "--eval_prompt_tokens", ANSWER_TOKENS)
     for name, flags in {**FLOAT32_RUNS, **BFLOAT16_RUNS}.items():
         add(name, *measured, *flags)
         if name in UNMEASURED:
@@ -86,6 +111,19 @@ def jobs(tmp_path_factory, prepared, model_dir) -> dict[str, Job]:
     add("goes_on", *measured, *zero2, *resumed, home="forgets")
     batches = -(-len(datasets.load_from_disk(prepared / "eval")) // 8)
     add("cut_at_0", *measured, *zero2, signal_at=1)
+    of_chats = [
+        "--dataset",
+        chats,
+        "--eval_dataset",
+        f"own={chats}",
+        "--eval_prompts",
+        chats.parents[1] / "in/rows.jsonl",
+    ]
+    of_chats += ["--eval_prompt_tokens", ANSWER_TOKENS, "--micro_batch_size", "1", "--max_steps", "1"]
+    of_chats += ["--max_length", CHAT_LENGTH]
+    add("chats", *zero2, *of_chats, script="train_sft.py")
+    # At the last batch of the evaluation after step 4, so that no prompt of it is answered.
+    add("cut_in_answers", *measured, *zero2, signal_at=2 * batches)
     for name, (place, of) in CUT.items():
         flags = [*measured, *{**FLOAT32_RUNS, **BFLOAT16_RUNS}[of]]
         # Ranks of a pipeline read the same samples.
@@ -154,6 +192,62 @@ def test_evaluation_leaves_the_training_as_it_is(jobs, name):
     assert all(torch.equal(with_it[key], without[key]) for key in without)
 
 
+def answers(job: Job) -> dict[int, list[dict]]:
+    """The answers to --eval_prompts, by step."""
+    records = train_log.read(job.folder / "ckpt" / "train_log.jsonl")
+    return {record["step"]: record["answers"] for record in records if "answers" in record}
+
+
+@pytest.mark.parametrize("name", [*FLOAT32_RUNS, *BFLOAT16_RUNS])
+def test_prompts_are_answered_as_inference_answers_them(jobs, prepared, model_dir, name):
+    found, steps = answers(jobs[name]), [entry["step"] for entry in history(jobs[name])]
+    assert list(found) == steps
+    for folder, step in ((model_dir, 0), (jobs[name].model, steps[-1])):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        model = model.float() if name in FLOAT32_RUNS else model.bfloat16()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        expected = [generate(model, tokenizer, answer["prompt"] + PROMPT_SUFFIX, GREEDY) for answer in found[step]]
+        different = sum(answer["answer"] != right for answer, right in zip(found[step], expected, strict=True))
+        # In bf16 a matrix in two halves adds rounded sums, which may swap two tokens that are almost equally likely.
+        assert different <= (name == "3d_tp2_bf16")
+    prompts = (jobs[name].folder.parent / "prompts.txt").read_text().split("\n")
+    assert [answer["prompt"] for answer in found[0]] == prompts
+    assert len(found[0]) == 7 and found[0] != found[steps[-1]]
+
+
+def test_conversations_are_answered_in_their_chat_template(jobs, chats):
+    """As inference answers with the exported folder; the last answer of a conversation is not part of its prompt."""
+    job = jobs["chats"]
+    assert job.error is None
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(job.model), AutoTokenizer.from_pretrained(job.model)
+    *_, last = answers(job).values()
+    prompts = read_prompts(chats.parents[1] / "in" / "rows.jsonl")
+    assert [prompt.text for prompt in prompts] == [answer["prompt"] for answer in last]
+    for prompt, answer in zip(prompts, last, strict=True):
+        ids = chat_ids(tokenizer, prompt.messages)
+        tokens = [step[0] for step in generate_tokens(model, tokenizer, [ids], GREEDY)]
+        assert answer["tokens"] == len(tokens)
+        stream = TextStream(tokenizer)
+        assert answer["answer"] == "".join(map(stream.push, tokens)) + stream.end()
+
+
+def test_answers_are_in_the_reports(jobs):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = answers(jobs["zero2"])
+    events = EventAccumulator(str(jobs["zero2"].folder / "tb"), size_guidance={"tensors": 0})
+    events.Reload()
+    assert events.SummaryMetadata("Answers/07").plugin_data.plugin_name == "text"
+    shown = {event.step: event.tensor_proto.string_val[0].decode() for event in events.Tensors("Answers/07")}
+    assert shown == {step: reporter.answer_text(of_step[6]) for step, of_step in found.items()}
+    assert plain(found[0][6]["prompt"]) in shown[0] and shown[0].endswith(" ...")
+    card = (jobs["zero2"].model / "README.md").read_text().split("## Answers\n")[1].split("\n## ")[0]
+    last = list(found)[-1]
+    assert f"| prompt | answer after step 0 | answer after step {last} |" in card
+    row = [plain(found[step][0]["answer"]) + " ..." for step in (0, last)]
+    assert f"| {plain(found[0][0]['prompt'])} | {row[0]} | {row[1]} |" in card
+
+
 def test_forgetting_ends_the_run_and_is_saved(jobs):
     error = jobs["forgets"].error
     assert "--forgetting_alarm en=0.1: bits per byte of en went from" in error and "epoch-0_step-4" in error
@@ -181,6 +275,13 @@ def test_a_signal_interrupts_an_evaluation_and_a_resume_repeats_it(jobs, name):
     assert table[0] == table[1] and f"| en | {entries[-1]['step']} |" in table[0]
     found, expected = weights_of(resumed), weights_of(whole)
     assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_a_signal_interrupts_answers(jobs):
+    cut = jobs["cut_in_answers"]
+    assert cut.error.startswith("SIGTERM after step 4") and list(answers(cut)) == [0]
+    checkpoint = json.loads((cut.folder / "ckpt/epoch-0_step-4/running_states.json").read_text())
+    assert checkpoint["evaluations"][-1] == {"step": 4, "figures": {}}
 
 
 def test_a_signal_in_the_first_evaluation_leaves_nothing(jobs):

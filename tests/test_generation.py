@@ -6,8 +6,9 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from colossal_llama2.errors import RunError
 from colossal_llama2.inference.answer import Answer
-from colossal_llama2.inference.generation import KeptStates, generate_tokens
+from colossal_llama2.inference.generation import generate_tokens
 from colossal_llama2.inference.loading import load_model
+from colossal_llama2.inference.prompt_batch import KeptStates
 from colossal_llama2.inference.settings import GenerationSettings
 from tests import tiny
 from tests.byte_level import make_byte_level

@@ -1,6 +1,8 @@
 """Which process of a job this is, by the environment, and what happens to ranks whose launcher is killed."""
 
+import contextlib
 import os
+import select
 import signal
 import socket
 import struct
@@ -8,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -328,7 +331,12 @@ time.sleep(300)
 
 
 def test_only_a_launched_rank_ends_when_its_launcher_dies():
-    process = subprocess.Popen([sys.executable, "-c", LAUNCHER, RANK], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    """Nobody reads its errors any more: the launcher passed them on."""
+    readable, writable = os.pipe()
+    os.close(readable)
+    words = [sys.executable, "-c", LAUNCHER, RANK]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=writable, text=True)
+    os.close(writable)
     ranks = dict(process.stdout.readline().rsplit(" ", 1) for _ in range(2))
     assert set(ranks) == {"torchrun", "by hand"}
     process.kill()
@@ -339,3 +347,47 @@ def test_only_a_launched_rank_ends_when_its_launcher_dies():
     os.kill(int(ranks["by hand"]), signal.SIGKILL)
     assert process.stdout.read() == ""
     process.wait()
+
+
+# What started torchrun: a shell's command, here in the place of an ssh connection's.
+STARTER = """
+import subprocess, sys
+subprocess.Popen([sys.executable, "-c", sys.argv[2], *sys.argv[3:]])
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize(("ignored", "ends"), [(False, True), (True, False)])
+def test_ranks_end_with_colossalai_run_unless_nohup(tmp_path, ignored, ends):
+    """A stand-in for `colossalai run` by name, and one for torchrun, which lives on when its starter is killed."""
+    starter = tmp_path / "colossalai"
+    starter.write_text(STARTER)
+    words = [sys.executable, starter, "run", LAUNCHER, RANK]
+    # The tests themselves may have been started with nohup.
+    action = signal.SIG_IGN if ignored else signal.SIG_DFL
+    process = subprocess.Popen(
+        words,
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, action),
+    )
+    ranks = dict(process.stdout.readline().rsplit(" ", 1) for _ in range(2))
+    parent = parent_of(int(ranks["torchrun"]))
+    # The thread of the rank has looked by then.
+    time.sleep(1.0)
+    process.kill()
+    try:
+        has_ended, _, _ = select.select([process.stdout], [], [], 30.0 if ends else 2.0)
+        assert bool(has_ended) == ends and (not ends or process.stdout.readline() == "SIGTERM\n")
+    finally:
+        for pid in (*ranks.values(), parent):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        process.communicate()
+
+
+def parent_of(pid):
+    """The process that started another one."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

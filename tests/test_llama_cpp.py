@@ -1,20 +1,25 @@
-"""llama.cpp encodes with an extended byte-level BPE as its tokenizer.json does. Needs xllamacpp and gguf.
+"""llama.cpp encodes with an extended byte-level BPE as its tokenizer.json does, and renders templates as transformers.
+
+Needs xllamacpp and gguf. `python -m tests.clients` converts and asks whole models.
 
 pip install --target ../llama-cpp --no-deps -r requirements-llama-cpp.txt
 PYTHONPATH=../llama-cpp python -m pytest tests/test_llama_cpp.py
 """
 
 import json
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from colossal_llama2.chat.templates import CHATML_TEMPLATE, LLAMA2_TEMPLATE
+from colossal_llama2.corpus.conversation import chat_template
 from colossal_llama2.encoding.byte_level_file import ByteLevelModel
 from colossal_llama2.tokenizer.init_tokenizer import ExtensionSettings, expand_tokenizer
-from tests.byte_level import make_byte_level
+from tests.byte_level import BEGIN, END, make_byte_level
+from tests.clients.ask_llama_cpp import Server
+from tests.clients.models import OWN_TEMPLATE
 from tests.test_init_tokenizer import report_of
 from tests.tiny import CHINESE, english_documents
 
@@ -44,7 +49,7 @@ TEXTS = [
 ]
 
 
-def write_gguf(folder: Path, pre_tokenizer: str, path: Path) -> None:
+def write_gguf(folder: Path, pre_tokenizer: str, path: Path, *, template: str | None = None) -> None:
     """A LLaMA of one tiny layer with zero weights, and the tokenizer of a folder."""
     gguf = pytest.importorskip("gguf", reason="needs the package gguf")
     model = ByteLevelModel.read(folder)
@@ -64,7 +69,10 @@ def write_gguf(folder: Path, pre_tokenizer: str, path: Path) -> None:
     special = set(model.added.values())
     writer.add_token_types([CONTROL if index in special else NORMAL for index in range(model.size)])
     writer.add_token_merges([" ".join(pair) for pair in model.merges])
-    writer.add_eos_token_id(next(iter(special)))
+    writer.add_bos_token_id(model.added[BEGIN])
+    writer.add_eos_token_id(model.added[END])
+    if template is not None:
+        writer.add_chat_template(template)
     for name, shape in {
         "token_embd": (model.size, HIDDEN),
         "output_norm": (HIDDEN,),
@@ -79,23 +87,17 @@ def write_gguf(folder: Path, pre_tokenizer: str, path: Path) -> None:
     writer.close()
 
 
+def serve(path: Path) -> Server:
+    """The server that xllamacpp runs in this process. The test is skipped without the package."""
+    pytest.importorskip("xllamacpp", reason="needs the package xllamacpp, a build of llama.cpp")
+    return Server(path)
+
+
 def ids_of_llama_cpp(path: Path, texts: Sequence[str]) -> list[list[int]]:
-    """Ids without special tokens, by the server that xllamacpp runs in this process."""
-    xllamacpp = pytest.importorskip("xllamacpp", reason="needs the package xllamacpp, a build of llama.cpp")
-    settings = xllamacpp.CommonParams()
-    settings.model.path = str(path)
-    settings.n_ctx = 64
-    settings.warmup = False
-    server = xllamacpp.Server(settings)
-    found = []
-    for text in texts:
-        body = json.dumps({"content": text, "add_special": False, "parse_special": False}).encode()
-        request = urllib.request.Request(
-            f"{server.listening_address}/tokenize", body, {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request) as answer:
-            found.append(json.load(answer)["tokens"])
-    return found
+    """Ids without special tokens."""
+    server = serve(path)
+    plain = {"add_special": False, "parse_special": False}
+    return [server.post("tokenize", content=text, **plain)["tokens"] for text in texts]
 
 
 @pytest.mark.parametrize("kind", PRE_TOKENIZERS)
@@ -112,3 +114,33 @@ def test_llama_cpp_gives_the_same_ids(kind, tmp_path):
     new = set(range(ByteLevelModel.read(source).size, model.size))
     assert sum(not new.isdisjoint(one.ids) for one in encoded) > 3
     assert ids_of_llama_cpp(tmp_path / "model.gguf", texts) == [one.ids for one in encoded]
+
+
+TEMPLATES = {
+    "colossal": chat_template(prefix_after_marks=True, has_dummy_prefix=False),
+    "llama2": LLAMA2_TEMPLATE,
+    "chatml": CHATML_TEMPLATE,
+    "own": OWN_TEMPLATE,
+}
+TALK = [
+    {"role": "system", "content": "Be brief. 简短。"},
+    {"role": "user", "content": "你好, who are you?"},
+    {"role": "assistant", "content": "A model."},
+    {"role": "user", "content": "Thanks"},
+]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_llama_cpp_renders_the_templates_with_their_markers(name, tmp_path):
+    from transformers import AutoTokenizer
+
+    pytest.importorskip("xllamacpp", reason="needs the package xllamacpp, a build of llama.cpp")
+    folder = make_byte_level(tmp_path / "tokenizer")
+    write_gguf(folder, "llama-bpe", tmp_path / "model.gguf", template=TEMPLATES[name])
+    expected = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        TALK, chat_template=TEMPLATES[name], add_generation_prompt=True, tokenize=False
+    )
+    rendered = serve(tmp_path / "model.gguf").post("apply-template", messages=TALK)["prompt"]
+    # It leaves out a first bos_token, which it adds to the ids.
+    assert rendered.removeprefix(BEGIN) == expected.removeprefix(BEGIN)
+    assert "generation" in TEMPLATES[name]

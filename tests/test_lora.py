@@ -248,7 +248,7 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 HOSTILE = {
     "of another shape": (
         lambda folder: change_tensors(folder, lambda tensors: tensors.update({FIRST: torch.zeros(4, 63)})),
-        r"q_proj\.lora_A\.weight of shape \(4, 63\), \(4, 64\) is needed",
+        r"q_proj\.lora_A\.weight of shape \(4, 63\), which should be \(4, 64\)",
     ),
     "without a tensor": (
         lambda folder: change_tensors(folder, lambda tensors: tensors.pop(FIRST)),
@@ -256,7 +256,7 @@ HOSTILE = {
     ),
     "with another tensor": (
         lambda folder: change_tensors(folder, lambda tensors: tensors.update({"x" * 5000: torch.zeros(1)})),
-        r"has the unknown x{5}",
+        r"has the unknown weight x{5}",
     ),
     "with NaN": (
         lambda folder: change_tensors(folder, lambda tensors: tensors[FIRST].fill_(torch.nan)),
@@ -268,7 +268,7 @@ HOSTILE = {
     ),
     "for other targets": (
         lambda folder: change_config(folder, target_modules=["q_proj"]),
-        r"has the unknown base_model\.model\.model\.layers\.0\.",
+        r"has the unknown weight base_model\.model\.model\.layers\.0\.",
     ),
     "for unknown targets": (
         lambda folder: change_config(folder, target_modules=["q_proj", "../x"]),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -284,8 +285,9 @@ def test_a_prompt_that_does_not_fit_is_named_before_the_first_answer(place, caps
         ("--output_file f", "--output_file needs --input_file"),
         ("--batch_size 2", "--batch_size has no effect on one answer"),
         ("--input_file f --no_stream", "--no_stream has no effect on --input_file"),
+        ("--num_return_sequences 2 --no_stream", "--no_stream has no effect with --num_return_sequences"),
         ("--num_return_sequences 2 --do_sample False", "all answers are the same"),
-        ("--input_file /no/such.txt", "/no/such.txt: cannot be read"),
+        ("--input_file /no/such.txt", "--input_file /no/such.txt: there is no such file"),
     ],
 )
 def test_flags_that_contradict_each_other_are_one_line(flags, words, capsys):
@@ -320,3 +322,15 @@ def test_a_prompt_beside_a_conversation_and_an_empty_one(record, problem, tmp_pa
     path.write_text(json.dumps(record) + "\n")
     with pytest.raises(UserError, match=f"prompts.jsonl:1: {problem}"):
         read_prompts(path)
+
+
+def test_a_repeated_key_is_refused(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a", "note": 1, "note": 2}\n{"prompt": "a", "prompt": "b"}\n')
+    with pytest.raises(UserError, match="prompts.jsonl:2: the key 'prompt' is repeated"):
+        read_prompts(path)
+
+
+def test_answers_are_not_lost_in_a_closed_stdout(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert "stdout, where answers are printed, is closed" in error_line(lambda: inference_example.main([]), capsys)

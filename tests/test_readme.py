@@ -22,7 +22,8 @@ PAGES = [
     *(
         f"docs/{name}.md"
         for name in (
-            "install vocabulary data training parallelism checkpoints cluster recipe inference first_gpu_run "
+            "install vocabulary data training parallelism scaling checkpoints cluster recipe inference evaluation "
+            "first_gpu_run "
             "troubleshooting flags equality training_step benchmarks differences architecture"
         ).split()
     ),
@@ -32,14 +33,15 @@ TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 MAX_README_LINES = 260
 SCRIPTS = flag_tables.COMMANDS.keys()
 # The first line of a block whose commands no test runs. It states their requirements.
-NOT_RUN = re.compile(r"# (Downloads [a-z0-9]+|Takes [a-z ]+|Needs GPUs|Needs a cluster)\b.*\.")
+NOT_RUN = re.compile(r"# (Downloads [a-z0-9]+|Takes [a-z ]+|Needs GPUs|Needs a cluster|Needs other programs)\b.*\.")
 EXAMPLE_SCRIPT = ["cp train.example.sh train.sh", "bash train.sh"]
 # Flags of launchers, other tools and this repository's test scripts, which no parser of the package has.
 FOREIGN_FLAGS = set(
     "--help --nproc_per_node --hostfile --host --master_port --master_addr --nnodes --node_rank --long --array --wrap "
     "--no-deps --no-build-isolation --output --only --unrepaired --mutants --precision --kept_memory --download_dir "
     "--learning_rate --local-dir --exclude --small --smallest --minutes --python --transformers --without "
-    "--target --gpus-per-node --gpus-per-task --signal --rdzv_id --max_restarts".split()
+    "--target --model --model_args --apply_chat_template --tasks --output_dir --outfile --override-kv "
+    "--gpus-per-node --gpus-per-task --signal --rdzv_id --max_restarts".split()
 )
 
 

@@ -14,6 +14,9 @@ from colossal_llama2.storage.given_paths import hub_cure
 from tests.conftest import ROOT
 
 BASE = "requirements.txt"
+# Of programs that read a saved model. They leave out what is compiled against PyTorch.
+CLIENTS = [f"requirements/clients/{path.name}" for path in sorted((ROOT / "requirements/clients").glob("*.txt"))]
+COMPILED = ("torch", "torchaudio", "torchcodec", "torchvision")
 # Each with the files that are installed before it.
 FILES: dict[str, list[str]] = {
     BASE: [],
@@ -89,12 +92,13 @@ def required_by(name: str, machine: str) -> list[Requirement]:
     return [one for one in map(Requirement, importlib.metadata.requires(name) or []) if holds(one, machine)]
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("requirements*.txt")), ids=lambda path: path.name)
-def test_every_package_is_pinned_with_hashes(path):
+@pytest.mark.parametrize("name", [*(path.name for path in sorted(ROOT.glob("requirements*.txt"))), *CLIENTS])
+def test_every_package_is_pinned_with_hashes(name):
     """And nothing else is in the files: no address, no option, no path of the machine that wrote them."""
-    lines, pin = locked(path.name), r"[a-z0-9.-]+==[\w.]+( ; [^-#/]+)?(\s+--hash=sha256:[0-9a-f]{64})+"
+    lines, pin = locked(name), r"[a-z0-9.-]+==[\w.]+( ; [^-#/]+)?(\s+--hash=sha256:[0-9a-f]{64})+"
     assert lines and [line for line in lines if not re.fullmatch(pin, line)] == []
-    assert "Written by: bash requirements/lock.sh" in path.read_text() and "://" not in path.read_text()
+    text = (ROOT / name).read_text()
+    assert "Written by: bash requirements/lock.sh" in text and "://" not in text
 
 
 @pytest.mark.parametrize(
@@ -104,6 +108,7 @@ def test_every_package_is_pinned_with_hashes(path):
         ("requirements-current.txt", ["suite", "current"]),
         ("requirements-image.txt", ["suite", "image"]),
         *((f"requirements-{name}.txt", [name]) for name in ("ray", "dev", "real", "llama-cpp", "gpu", "trackers")),
+        *((name, [name.removeprefix("requirements/").removesuffix(".txt")]) for name in CLIENTS),
     ],
 )
 def test_the_files_have_what_their_sources_ask_for(name, sources):
@@ -112,6 +117,12 @@ def test_the_files_have_what_their_sources_ask_for(name, sources):
     text = "".join((ROOT / "requirements" / f"{source}.in").read_text() for source in sources)
     asked = [Requirement(line) for line in text.splitlines() if line and not line.startswith("#")]
     assert asked and [one for one in asked if not one.specifier.contains(versions[canonicalize_name(one.name)])] == []
+
+
+def test_the_programs_of_users_get_their_own_build_of_pytorch():
+    assert len(CLIENTS) == 5
+    found = {name: set(COMPILED).intersection(specifiers(requirements(name))) for name in CLIENTS}
+    assert not any(found.values()), found
 
 
 @pytest.mark.parametrize("name", ["requirements-current.txt", "requirements-image.txt"])

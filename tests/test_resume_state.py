@@ -4,8 +4,10 @@ import json
 from dataclasses import dataclass, fields
 
 import pytest
+import torch
 
 from colossal_llama2.engine import resume_state
+from colossal_llama2.engine.patches.checkpoint_io import alone_in_memory, read_object, write_object
 from colossal_llama2.engine.settings import EngineSettings
 from colossal_llama2.model.trainable import Embeddings, NewRows, Trainable
 
@@ -110,3 +112,17 @@ def test_another_split_is_another_layout(changes):
 
 def test_another_number_of_ranks_is_another_layout():
     assert resume_state.layout(Job(job(STORED["zero2"]).settings, 4)) != STORED["zero2"]
+
+
+def test_only_tensors_that_share_memory_are_copied_for_a_file(tmp_path):
+    """A copy of each would double the memory that a save needs; safetensors refuses shared memory."""
+    base = torch.arange(12.0).reshape(3, 4)
+    tensors = {"whole": base, "again": base, "part": base[1:], "turned": base.t(), "scalar": torch.tensor(3.0)}
+    found = alone_in_memory(tensors)
+    assert found["whole"].data_ptr() == base.data_ptr() and found["scalar"] is not None
+    memories = {tensor.untyped_storage().data_ptr() for tensor in found.values()}
+    assert len(memories) == len(found)
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in found.values())
+    write_object(tensors, tmp_path / "state.safetensors")
+    for name, tensor in read_object(tmp_path / "state.safetensors").items():
+        assert torch.equal(tensor, tensors[name])

@@ -45,6 +45,7 @@ def make_model(
     *,
     tie: bool = False,
     heads: int = 4,
+    head_size: int = 16,
     layers: int = 2,
     dtype: str = "float32",
     biases: bool = False,
@@ -63,7 +64,7 @@ def make_model(
     config = LlamaConfig(
         **(LLAMA_3 | {"num_key_value_heads": heads // 2} if like_llama3 else {"num_key_value_heads": heads}),
         vocab_size=len(tokenizer),
-        hidden_size=16 * heads,
+        hidden_size=head_size * heads,
         intermediate_size=128,
         num_hidden_layers=layers,
         num_attention_heads=heads,

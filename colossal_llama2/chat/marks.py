@@ -17,6 +17,9 @@ from colossal_llama2.errors import UserError
 from colossal_llama2.storage.files import read_json
 from colossal_llama2.storage.input_files import is_regular
 
+# The texts of marks by id, where there are none besides those of the encoder.
+NO_NAMES: Mapping[int, str] = {}
+
 
 class Mark(NamedTuple):
     """A token that is found in a text before the text is divided into pieces.

@@ -201,6 +201,9 @@ def answered(action: Callable[[dict[str, Any]], dict[str, Any]], request: dict[s
         return {"error": f"it needs over {MEMORY >> 20} MiB of memory", "limit": True}
     except RecursionError:
         return {"error": "it calls itself without end", "limit": True}
+    except jinja2.UndefinedError as error:
+        cure = "; write a date in its place, so that the text is the same on every day"
+        return {"error": f"{error}{cure if 'strftime_now' in str(error) else ''}"}
     except Exception as error:  # a template can raise anything
         return {"error": str(error) or type(error).__name__}
 

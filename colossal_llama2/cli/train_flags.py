@@ -22,7 +22,9 @@ from colossal_llama2.cli.value_types import (
     source_weight,
     tracker_list,
 )
+from colossal_llama2.gpus import DEFAULT_GPU, GPUS
 from colossal_llama2.layer_matrices import LAYER_MATRICES
+from colossal_llama2.model_sizes import MODEL_SIZES, VOCABULARIES
 from colossal_llama2.plugin_names import HYBRID_3D, PLUGIN_NAMES
 from colossal_llama2.tracker_names import TENSORBOARD, TRACKER_NAMES
 
@@ -350,15 +352,15 @@ def _add_parallel_arguments(parser: CommandParser) -> None:
     )
 
 
-class _BenchmarkSwitch(argparse.Action):
-    """A switch after which --dataset need not be given."""
+class _SwitchWithout(argparse.Action):
+    """A switch after which some flags, which must be given otherwise, need not be given. `const` lists their names."""
 
     def __call__(  # type: ignore[override]
         self, parser: FlagParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None
     ) -> None:
         setattr(namespace, self.dest, True)
         for action in parser.actions:
-            if action.dest == "dataset":
+            if action.dest in (self.const or ()):
                 action.required = False
 
 
@@ -366,7 +368,8 @@ def _add_benchmark_arguments(parser: CommandParser) -> None:
     benchmark = parser.flag_group("benchmark", changes_numbers=False)
     benchmark.add(
         "--benchmark",
-        action=_BenchmarkSwitch,
+        action=_SwitchWithout,
+        const=("dataset",),
         nargs=0,
         default=False,
         help="measure steps on random tokens, instead of --dataset, and write nothing",
@@ -412,6 +415,22 @@ def _add_evaluation_arguments(parser: CommandParser) -> None:
         "epoch and of the run",
     )
     evaluation.add(
+        "--eval_prompts",
+        metavar="FILE",
+        default=None,
+        needs=Need("needs --eval_dataset", lambda args: bool(args.eval_dataset)),
+        help="a few prompts, which the model answers at each evaluation, in the log, train_log.jsonl and TensorBoard: "
+        "a *.txt or *.jsonl file like --input_file of inference_example.py",
+    )
+    evaluation.add(
+        "--eval_prompt_tokens",
+        metavar="TOKENS",
+        type=positive_int,
+        default=64,
+        needs=Need("needs --eval_prompts", lambda args: bool(args.eval_prompts)),
+        help="tokens of an answer to --eval_prompts, at most",
+    )
+    evaluation.add(
         "--forgetting_alarm",
         metavar="NAME=SHARE",
         nargs="+",
@@ -442,6 +461,68 @@ def _add_dry_run_arguments(parser: CommandParser) -> None:
         type=positive_int,
         default=None,
         help="with --dry_run: plan for this many GPUs, which need not exist here (default: the launcher's processes)",
+    )
+    _add_suggestion_arguments(dry_run)
+
+
+def _add_suggestion_arguments(dry_run: FlagGroup) -> None:
+    need = Need("needs --suggest", lambda args: args.suggest)
+    dry_run.add(
+        "--suggest",
+        action=_SwitchWithout,
+        const=("pretrained", "dataset"),
+        nargs=0,
+        default=False,
+        help="with --dry_run: compare all plugins and parallel sizes on --num_ranks GPUs by memory, speed and cost; "
+        "needs no data and no weights; without --pretrained and --model_size, for LLaMA-2's three sizes",
+    )
+    dry_run.add(
+        "--model_size",
+        choices=tuple(MODEL_SIZES),
+        default=None,
+        needs=need,
+        help="plan for a LLaMA-2 of this size instead of --pretrained",
+    )
+    dry_run.add(
+        "--vocab_size",
+        metavar="N",
+        type=positive_int,
+        default=VOCABULARIES[0],
+        needs=Need("needs --model_size", lambda args: args.model_size is not None),
+        help="tokens of that model's vocabulary",
+    )
+    dry_run.add("--gpu", choices=tuple(GPUS), default=DEFAULT_GPU, needs=need, help="kind of GPU to plan for")
+    dry_run.add(
+        "--tokens",
+        metavar="N",
+        type=positive_float,
+        default=1e9,
+        needs=need,
+        help="tokens that the run trains on, such as 8.5e9",
+    )
+    dry_run.add(
+        "--step_tokens",
+        metavar="N",
+        type=positive_int,
+        default=2**22,
+        needs=need,
+        help="tokens of an optimizer step, over all GPUs; the default is about that of LLaMA-2",
+    )
+    dry_run.add(
+        "--gpu_hour_price",
+        metavar="PRICE",
+        type=positive_float,
+        default=None,
+        needs=need,
+        help="price of one GPU for an hour, in any currency (default: only GPU hours are printed)",
+    )
+    dry_run.add(
+        "--storage_gb_per_s",
+        metavar="GB",
+        type=positive_float,
+        default=2.0,
+        needs=need,
+        help="speed at which checkpoints are written, for the time of a save",
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from colossal_llama2.layer_matrices import LAYER_MATRICES, in_order
+from colossal_llama2.task_names import BITS_PER_BYTE, ICL, TASK_NAMES
 from colossal_llama2.tracker_names import TRACKER_NAMES
 
 Number = TypeVar("Number", int, float)
@@ -223,3 +224,30 @@ def candidate_count(text: str) -> int:
     except argparse.ArgumentTypeError as error:
         cure = "; to sample from all tokens give a number as large as the vocabulary" if text in ("0", "-1") else ""
         raise argparse.ArgumentTypeError(f"{error}{cure}")
+
+
+def auto_or_count(text: str) -> int:
+    """A whole number of at least 1, or 0 for the word auto."""
+    if text == "auto":
+        return 0
+    return _number(text, int, "auto, or a whole number of at least 1,", lambda value: value >= 1)
+
+
+def task_list(text: str) -> list[tuple[str, str | None]]:
+    """A comma-separated list of evaluation tasks, each NAME or NAME=PATH, as pairs; the path is None if not given."""
+    found: list[tuple[str, str | None]] = []
+    for entry in _comma_list(text, "give tasks as mmlu,icl"):
+        name, sign, path = entry.partition("=")
+        allowed = f"a comma-separated list of {', '.join(TASK_NAMES)} allowed"
+        if name not in TASK_NAMES:
+            raise argparse.ArgumentTypeError(f"'{name}' given, {allowed}")
+        if sign and not path:
+            raise argparse.ArgumentTypeError(f"'{entry}' given, {name} or {name}=PATH allowed")
+        if name == ICL and path:
+            raise argparse.ArgumentTypeError(f"'{entry}' given, but {ICL} reads no files; give {ICL}")
+        if name == BITS_PER_BYTE and not path:
+            raise argparse.ArgumentTypeError(f"'{entry}' given, {name}=FILE.jsonl allowed")
+        if (name, path or None) in found or name != BITS_PER_BYTE and name in [other for other, _ in found]:
+            raise argparse.ArgumentTypeError(f"'{text}' has {name} twice; keep one")
+        found.append((name, path or None))
+    return found

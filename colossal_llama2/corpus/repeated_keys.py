@@ -6,7 +6,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from colossal_llama2.corpus.message_formats import LISTS, USED_IN_MESSAGE, USED_IN_PART, USED_IN_RECORD
@@ -22,8 +22,12 @@ class _Repeating(dict):
     repeated: frozenset[str] = frozenset()
 
 
-def refuse_repeated_keys(line: bytes, record: dict[str, Any]) -> None:
-    """Raise RowError if a key that is read is repeated in a line's record, in a message or in a part of its text."""
+def refuse_repeated_keys(line: bytes, record: dict[str, Any], *, also_used: Collection[str] = ()) -> None:
+    """Raise RowError if a key that is read is repeated in a line's record, in a message or in a part of its text.
+
+    Args:
+        also_used: keys of the record that this reader uses besides those of documents and conversations.
+    """
     if _has_all_quotes(line, record):
         return
     found: list[_Repeating] = []
@@ -41,15 +45,15 @@ def refuse_repeated_keys(line: bytes, record: dict[str, Any]) -> None:
     parsed = json.loads(line, object_pairs_hook=unique_keys)
     if not found:
         return
-    for value, used in _used_objects(parsed):
+    for value, used in _used_objects(parsed, USED_IN_RECORD | PRETRAINING_FIELDS | set(also_used)):
         repeated = sorted(value.repeated & used) if isinstance(value, _Repeating) else []
         if repeated:
             raise RowError(f"the key {repeated[0]!r:.80} is repeated; each key must be unique", reason=REPEATED)
 
 
-def _used_objects(record: dict[str, Any]) -> Iterator[tuple[Any, frozenset[str]]]:
+def _used_objects(record: dict[str, Any], used_in_record: frozenset[str]) -> Iterator[tuple[Any, frozenset[str]]]:
     """Yield the objects that readers use, each with the keys that they read."""
-    yield record, USED_IN_RECORD | PRETRAINING_FIELDS
+    yield record, used_in_record
     for messages in (record.get(name) for name in LISTS):
         for message in messages if isinstance(messages, list) else ():
             if not isinstance(message, dict):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from colossal_llama2 import errors, logs
-from colossal_llama2.chat.marks import Marks
+from colossal_llama2.chat.marks import NO_NAMES, Marks
 from colossal_llama2.cli import data_flags
 from colossal_llama2.corpus.category_names import NO_CATEGORY, category_name
 from colossal_llama2.dataset.layout.columns import (
@@ -47,7 +47,6 @@ LENGTHS_FILE, CATEGORIES_FILE = "lengths.png", "categories.png"
 CATEGORY_COLUMNS = (DOCUMENT_CATEGORIES, SAMPLE_CATEGORY)
 # At most this many of the characters that no font can draw are listed.
 MAX_MISSING = 20
-NO_NAMES: Mapping[int, str] = {}
 TRAINED, MASKED, BORDER = "trained", "masked", "border"
 # Brightness differs as well, for readers who do not distinguish the colours.
 COLOURS = {TRAINED: "32", MASKED: "2", BORDER: "1;35"}

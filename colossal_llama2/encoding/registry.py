@@ -33,6 +33,11 @@ def kind_of(folder: str | Path) -> Kind:
     return next((kind for kind in KINDS if kind.encoder.is_in(folder)), KINDS[-1])
 
 
+def holds_tokenizer(folder: str | Path) -> bool:
+    """Whether a folder holds a tokenizer of any kind."""
+    return any(kind.encoder.is_in(folder) for kind in KINDS)
+
+
 def load_encoder(folder: str | Path) -> Encoder:
     """The encoder of a folder. Raises UserError if there is no tokenizer, or it is damaged or lacks a mark."""
     return kind_of(folder).encoder(folder)

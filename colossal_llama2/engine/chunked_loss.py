@@ -273,7 +273,8 @@ def _blocks(targets: "torch.Tensor", part: HeadPart) -> Iterator[tuple[slice, "t
 def use_chunked_loss(
     model: Any, part: HeadPart, *, sample_group: Any = None, record: Callable[..., None] | None = None
 ) -> None:
-    """Make a LLaMA compute its loss without logits. It no longer returns logits.
+    """Make a LLaMA compute its loss without logits. It no longer returns logits: without labels, it returns what its
+    head returns in their place, which is the hidden states.
 
     Args:
         model: a LlamaForCausalLM on this rank, or the last stage of one; its `model` and `lm_head` may be sharded.
@@ -287,9 +288,11 @@ def use_chunked_loss(
 
     forward_to_logits = model.forward
 
-    def forward_to_loss(labels: "torch.Tensor", **inputs: Any) -> CausalLMOutputWithPast:
+    def forward_to_loss(labels: "torch.Tensor | None" = None, **inputs: Any) -> CausalLMOutputWithPast:
         """The mean loss over the predicted tokens, 0 if there are none."""
         hidden = forward_to_logits(**inputs).logits
+        if labels is None:
+            return CausalLMOutputWithPast(logits=hidden)
         loss = _mean_loss(hidden, model.lm_head.weight, labels, part, sample_group, record)
         return CausalLMOutputWithPast(loss=loss)
 

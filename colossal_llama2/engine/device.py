@@ -2,8 +2,10 @@
 
 import contextlib
 
-# Dense bf16 TFLOPS of GPUs by a word in their name, as their data sheets give them.
-PEAK_TFLOPS = {"A100": 312, "A800": 312, "H100": 989, "H800": 989, "H200": 989, "V100": 125, "H20": 148, "L40S": 362}
+from colossal_llama2.gpus import GPUS
+
+# Dense TFLOPS in half precision by a word in the device's name. The V100, which has no bf16, is not planned for.
+PEAK_TFLOPS = {**{gpu.word: gpu.peak_tflops for gpu in GPUS.values()}, "V100": 125}
 
 
 def peak_memory() -> int:

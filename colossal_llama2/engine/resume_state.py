@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from colossal_llama2.engine import loss_scale
+from colossal_llama2.engine.patches.checkpoint_io import alone_in_memory
 from colossal_llama2.engine.plugins import PLUGINS, Plugin, plugin_of
 from colossal_llama2.engine.settings import Ranks
 from colossal_llama2.errors import UserError
@@ -65,9 +66,8 @@ def save_masters(engine: Resumable, folder: str) -> None:
     if has_masters(engine) and engine.rank in masters_ranks(engine.plugin.name, engine.world_size):
         Path(folder).mkdir(exist_ok=True)
         weights = engine.plugin.master_weights(engine.optimizer)
-        tensors = {f"{i:05d}": weight.cpu().clone() for i, weight in enumerate(weights)}
         path = _masters_path(folder, engine.rank)
-        save_file(tensors, path)
+        save_file(alone_in_memory({f"{i:05d}": weight for i, weight in enumerate(weights)}), path)
         open_to_umask(Path(path))
         sync(Path(path))
 

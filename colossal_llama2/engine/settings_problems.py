@@ -6,6 +6,8 @@ and each names its flags once or twice, so a table from settings to flags would 
 
 from colossal_llama2.engine.plugins import plugin_of
 from colossal_llama2.engine.settings import EngineSettings
+from colossal_llama2.model.loading import ModelFacts
+from colossal_llama2.plurals import counted
 
 
 def settings_problems(settings: EngineSettings, world_size: int) -> list[str]:
@@ -21,6 +23,33 @@ def settings_problems(settings: EngineSettings, world_size: int) -> list[str]:
         tp_size=settings.tp_size,
     )
     return problems + _pipeline_problems(settings) + _sequence_problems(settings)
+
+
+def split_problems(settings: EngineSettings, model: ModelFacts) -> list[str]:
+    """Why the ranks of these settings cannot split this model, one sentence each."""
+    problems = []
+    # Sequence-parallel ranks exchange whole heads, as tensor-parallel ranks hold them.
+    splits = settings.tp_size * settings.sp_size
+    if model.attention_heads % splits or model.key_value_heads % splits:
+        given = f"--tp {settings.tp_size}"
+        given += "" if settings.sp_size == 1 else f" x --sp {settings.sp_size}"
+        problems.append(
+            f"{given} does not divide the model's {model.attention_heads} attention heads "
+            f"and {model.key_value_heads} key-value heads; give a number that does"
+        )
+    if model.layers < settings.pp_size:
+        problems.append(
+            f"--pp {settings.pp_size} given, the model has {counted(model.layers, 'layer')}; "
+            f"give at most that many stages"
+        )
+    return problems
+
+
+def length_problems(settings: EngineSettings, max_length: int) -> list[str]:
+    """Why samples of that many tokens cannot be split, one sentence each."""
+    if max_length % settings.sequence_shards == 0:
+        return []
+    return [f"--max_length {max_length} cannot be split in {settings.sequence_shards} equal parts"]
 
 
 def _pipeline_problems(settings: EngineSettings) -> list[str]:

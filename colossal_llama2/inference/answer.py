@@ -4,7 +4,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from colossal_llama2.inference.generation import KeptStates, generate_tokens, room_for_answer
+from colossal_llama2.inference.generation import generate_tokens, room_for_answer
+from colossal_llama2.inference.prompt_batch import KeptStates
 from colossal_llama2.inference.settings import GenerationSettings
 from colossal_llama2.inference.streaming import TextStream
 from colossal_llama2.plurals import counted

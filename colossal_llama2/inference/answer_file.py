@@ -27,12 +27,13 @@ class AnswerFile:
         done: how many prompts have their line.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], *, prompts: int):
+    def __init__(self, path: Path, settings: Mapping[str, Any], *, prompts: int, asked: str = "prompt"):
         """
         Args:
             settings: what decides the answers. A file of other settings is refused. An entry "dtype" of None stands for
                 any, and is then the one of the file.
             prompts: how many there are.
+            asked: what one is called in messages.
 
         Raises:
             UserError: the path cannot be written, or is not a file of these settings.
@@ -42,7 +43,7 @@ class AnswerFile:
         self._file: IO[bytes] | None = None
         check_output_file(path, FLAG)
         check_output_file(self._sidecar, FLAG)
-        self._prompts = prompts
+        self._prompts, self._asked = prompts, asked
         self.done = self._whole_lines() if path.exists() and path.stat().st_size else 0
 
     @property
@@ -71,7 +72,7 @@ class AnswerFile:
             get_logger().info(f"{self._path}: a line that was not written to its end is removed")
             os.ftruncate(self._file.fileno(), size)
         if self.done:
-            get_logger().info(f"{self._path}: continuing after {counted(self.done, 'answered prompt')}")
+            get_logger().info(f"{self._path}: continuing after {counted(self.done, f'answered {self._asked}')}")
         write_json(self._sidecar, self._settings)
 
     def add(self, record: Mapping[str, Any]) -> None:
@@ -82,6 +83,10 @@ class AnswerFile:
         with errors_naming(self._path):
             self._file.write(text.encode() + b"\n")
             self._file.flush()
+
+    def records(self) -> list[dict[str, Any]]:
+        """What its lines hold, in their order."""
+        return [parse_object(line) for line in self._whole_bytes().split(b"\n")[:-1]] if self._path.exists() else []
 
     def close(self) -> None:
         """Close it. Its lines are complete."""
@@ -108,11 +113,14 @@ class AnswerFile:
         lines = self._whole_bytes().split(b"\n")[:-1]
         if len(lines) > self._prompts:
             raise UserError(
-                f"{FLAG} {self._path}: has {len(lines):,} answers for {self._prompts:,} prompts; give a new file"
+                f"{FLAG} {self._path}: has {len(lines):,} answers for {counted(self._prompts, self._asked)}; "
+                "give a new file"
             )
         for number, line in enumerate(lines, start=1):
             if not _is_answer(line, number):
-                raise UserError(f"{self._path}:{number}: is not the answer to prompt {number:,}; give a new file")
+                raise UserError(
+                    f"{self._path}:{number}: is not the answer to {self._asked} {number:,}; give a new file"
+                )
         return len(lines)
 
     def _whole_bytes(self) -> bytes:

@@ -6,8 +6,8 @@ from colossal_llama2.errors import UserError
 from colossal_llama2.inference.answer import Answer
 from colossal_llama2.inference.chat_commands import ChatState, run_command
 from colossal_llama2.inference.console import MessageInput, StopOnInterrupt, Typed, notice
-from colossal_llama2.inference.generation import KeptStates
 from colossal_llama2.inference.history import History
+from colossal_llama2.inference.prompt_batch import KeptStates
 from colossal_llama2.inference.prompts import SFT, chat_ids, prompt_ids
 from colossal_llama2.inference.settings import GenerationSettings
 from colossal_llama2.model.positions import positions_of

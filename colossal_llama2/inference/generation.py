@@ -6,11 +6,11 @@ whole vocabulary for each drawn token, and computes rows that have ended until t
 torch and transformers are imported inside the functions, so that importing this module costs nothing.
 """
 
-import inspect
-from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Generator, Sequence
+from typing import TYPE_CHECKING
 
 from colossal_llama2.errors import UserError
+from colossal_llama2.inference.prompt_batch import KeptStates, PromptBatch, SharedStates
 from colossal_llama2.inference.prompts import text_ids
 from colossal_llama2.inference.sampling import Sampler
 from colossal_llama2.inference.settings import GenerationSettings
@@ -22,31 +22,6 @@ from colossal_llama2.plurals import counted
 if TYPE_CHECKING:
     import torch
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
-
-
-class KeptStates:
-    """The keys and values of the last prompt and its answer, so that a prompt that begins alike need not repeat them.
-
-    `ids` are the tokens that they belong to. Of one row.
-    """
-
-    def __init__(self) -> None:
-        self.ids: list[int] = []
-        self.cache: Any = None
-
-    def reused_for(self, row: Sequence[int]) -> Any:
-        """The states of the longest common beginning, without the last token of `row`; None if there is none."""
-        cache, ids = self.cache, self.ids
-        self.ids, self.cache = [], None
-        common = next((n for n, pair in enumerate(zip(ids, row, strict=False)) if pair[0] != pair[1]), None)
-        length = min(len(ids) if common is None else common, len(row) - 1)
-        if cache is None or length < 1:
-            return None
-        surplus = cache.get_seq_length() - length
-        if surplus:
-            # A negative number is one of tokens to remove, in every version of transformers.
-            cache.crop(-surplus)
-        return cache
 
 
 def generate(
@@ -74,6 +49,9 @@ def generate_tokens(
     *,
     numbers: Sequence[int] | None = None,
     kept: KeptStates | None = None,
+    shared: SharedStates | None = None,
+    ends: Callable[[int, int], bool] = lambda row, token: False,
+    on_first: Callable[["torch.Tensor"], None] = lambda logits: None,
 ) -> Generator[dict[int, int], None, None]:
     """Continue prompts together. For each step, yield the new token of each row that it has one for, by row.
 
@@ -84,12 +62,15 @@ def generate_tokens(
         rows: the ids of each prompt, at least one.
         numbers: which answer each row is, for its seed; by default 0, 1, ...
         kept: of earlier prompts, for a single row. It is updated with this one.
+        shared: states that all rows begin with.
+        ends: called with a row and its new token, which has been yielded; if true, the row ends there.
+        on_first: called with the (rows, vocabulary) logits of what follows each prompt.
 
     Raises:
         UserError: a prompt alone fills the model's context.
     """
     limits = [room_for_answer(model, prompt_length=len(row), max_new_tokens=settings.max_new_tokens) for row in rows]
-    ends = set(end_tokens(model, tokenizer))
+    end_ids = set(end_tokens(model, tokenizer))
     head = model.get_output_embeddings().weight.shape[0]
     sampler = Sampler(
         settings,
@@ -99,85 +80,27 @@ def generate_tokens(
         vocabulary=head,
         device=model.device,
     )
-    batch = _Batch(model, rows, kept)
+    batch = PromptBatch(model, rows, kept, shared)
     active = list(range(len(rows)))
     for count in range(1, max(limits) + 1):
-        chosen = sampler.choose(batch.logits()).tolist()
-        found = {row: token for row, token in zip(active, chosen, strict=True) if token not in ends}
+        logits = batch.logits()
+        if count == 1:
+            on_first(logits)
+        chosen = sampler.choose(logits).tolist()
+        found = {row: token for row, token in zip(active, chosen, strict=True) if token not in end_ids}
         if found:
             yield found
-        going_on = [place for place, row in enumerate(active) if row in found and count < limits[row]]
+        going_on = [
+            place
+            for place, row in enumerate(active)
+            if row in found and count < limits[row] and not ends(row, found[row])
+        ]
         if not going_on:
             return
         batch.feed([chosen[place] for place in going_on], going_on)
         if len(going_on) < len(active):
             sampler.keep(going_on)
             active = [active[place] for place in going_on]
-
-
-class _Batch:
-    """The rows that are still generated: their states, and the tokens that the next forward pass gets.
-
-    Shorter prompts are padded on the left, and the padding is masked.
-    """
-
-    def __init__(self, model: "LlamaForCausalLM", rows: Sequence[Sequence[int]], kept: KeptStates | None):
-        import torch
-        from transformers import DynamicCache
-
-        self._model, self._kept = model, kept
-        # Renamed in transformers 5.24, where the old name warns.
-        is_renamed = "cache" in inspect.signature(type(model).forward).parameters
-        self._cache_argument = "cache" if is_renamed else "past_key_values"
-        self._cache: Any = None if kept is None else kept.reused_for(rows[0])
-        reused = 0 if self._cache is None else self._cache.get_seq_length()
-        if self._cache is None:
-            self._cache = DynamicCache()
-        # Of the single row of `kept`: the tokens whose states the cache has after the next forward pass.
-        self._ids = list(rows[0])
-        width = max(map(len, rows))
-        padded = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], dtype=torch.long)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], dtype=torch.long)
-        self._inputs = padded[:, reused:].to(model.device)
-        # Without padding, the model makes both itself, and faster.
-        self._mask = None if bool(mask.all()) else mask.to(model.device)
-        self._positions = None if self._mask is None else (self._mask.cumsum(dim=-1) - 1).clamp(min=0)
-
-    def logits(self) -> "torch.Tensor":
-        """(rows, vocabulary): of what follows each row."""
-        import torch
-
-        with torch.inference_mode():
-            output = self._model(
-                input_ids=self._inputs,
-                attention_mask=self._mask,
-                position_ids=self._positions,
-                use_cache=True,
-                logits_to_keep=1,
-                **{self._cache_argument: self._cache},
-            )
-        if self._kept is not None:
-            # Not before: an interrupted pass leaves states of some layers only.
-            self._kept.ids, self._kept.cache = self._ids.copy(), self._cache
-        return output.logits[:, -1]
-
-    def feed(self, tokens: Sequence[int], rows: Sequence[int]) -> None:
-        """Continue with these rows of the last pass only, each with its new token."""
-        import torch
-
-        if self._kept is not None:
-            self._kept.ids, self._kept.cache = [], None
-        self._ids.append(tokens[0])
-        if len(rows) < len(self._inputs):
-            chosen = torch.tensor(rows, device=self._inputs.device)
-            with torch.inference_mode():
-                self._cache.batch_select_indices(chosen)
-            if self._mask is not None and self._positions is not None:
-                self._mask, self._positions = self._mask[chosen], self._positions[chosen]
-        self._inputs = torch.tensor(tokens, dtype=torch.long, device=self._inputs.device)[:, None]
-        if self._mask is not None and self._positions is not None:
-            self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
-            self._positions = self._positions[:, -1:] + 1
 
 
 def end_tokens(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase") -> list[int]:

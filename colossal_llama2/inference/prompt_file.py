@@ -1,12 +1,14 @@
 """Read the prompts of --input_file: lines of text, or records with a prompt or a conversation."""
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from colossal_llama2.corpus.absent import is_absent
 from colossal_llama2.corpus.conversation import HUMAN, SYSTEM_ROLE, Turn, read_conversation, speakers_of
 from colossal_llama2.corpus.message_formats import LISTS, recognize
+from colossal_llama2.corpus.repeated_keys import refuse_repeated_keys
 from colossal_llama2.errors import UserError
 from colossal_llama2.logs import get_logger
 from colossal_llama2.plurals import counted
@@ -41,7 +43,7 @@ class FilePrompt(NamedTuple):
         return found if self.reference is None else {**found, "reference": self.reference}
 
 
-def read_prompts(path: Path) -> list[FilePrompt]:
+def read_prompts(path: Path, *, flag: str = FLAG) -> list[FilePrompt]:
     """All prompts of a file, in its order.
 
         *.txt      one prompt per line
@@ -49,16 +51,21 @@ def read_prompts(path: Path) -> list[FilePrompt]:
 
     Blank lines are skipped and counted in the log. Other fields of a record are ignored.
 
+    Args:
+        flag: that names the file, for messages.
+
     Raises:
         UserError: with file:line, for what cannot be read, or the file has no prompt.
     """
+    if not os.path.lexists(path):
+        raise UserError(f"{flag} {path}: there is no such file; give a *.txt or *.jsonl file")
     check_regular(path, max_bytes=MAX_BYTES)
     kind = path.suffix.lower()
     if kind not in (".txt", ".jsonl"):
-        raise UserError(f"{FLAG} {path}: *.txt with a prompt per line, or *.jsonl is read; rename or convert it")
+        raise UserError(f"{flag} {path}: *.txt with a prompt per line, or *.jsonl is read; rename or convert it")
     prompts, blank = _of_text(path) if kind == ".txt" else _of_records(path)
     if not prompts:
-        raise UserError(f"{FLAG} {path}: has no prompt")
+        raise UserError(f"{flag} {path}: has no prompt")
     if blank:
         get_logger().info(f"{path}: {counted(blank, 'blank line')} skipped")
     references = sum(prompt.reference is not None for prompt in prompts)
@@ -96,6 +103,7 @@ def _of_records(path: Path) -> tuple[list[FilePrompt], int]:
             blank += 1
             continue
         try:
+            refuse_repeated_keys(line.text, line.record, also_used=PROMPT_FIELDS)
             prompts.append(_of_record(line.where, line.record))
         except RowError as error:
             raise UserError(f"{line.where}: {error}")

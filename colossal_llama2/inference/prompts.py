@@ -102,7 +102,7 @@ def text_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     """
     _check_characters(tokenizer, text)
     ids = list(tokenizer(text, split_special_tokens=True)["input_ids"])
-    mark = _first_mark(tokenizer)
+    mark = first_mark(tokenizer)
     if mark is not None and ids[:1] != [mark]:
         _log_once(f"the prompt begins with {tokenizer.convert_ids_to_tokens(mark)}, as documents do in training")
         ids = [mark, *ids]
@@ -126,7 +126,8 @@ def _check_characters(tokenizer: "PreTrainedTokenizerBase", text: str) -> None:
         raise UserError(f"the prompt cannot be used: {problem}; change it")
 
 
-def _first_mark(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+def first_mark(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """The id before a document in training, which the encoder decides; None if there is none."""
     try:
         encoder = shared_encoder(tokenizer.name_or_path)
     except UserError:

@@ -1,5 +1,6 @@
 """What inference_example.py does: load the model, then answer one prompt, answer those of a file, or chat."""
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -33,6 +34,8 @@ def run(settings: InferenceSettings) -> None:
         UserError: the flags, the model's folder, its files or the prompts cannot be used.
         RunError: the GPU runs out of memory.
     """
+    if sys.stdout is None and settings.output_file is None and not settings.interactive:
+        raise UserError("stdout, where answers are printed, is closed; open it, or give --input_file and --output_file")
     prompts = _prompts(settings)
     loading.refuse_missing_folder(settings.model_path)
     given = Path(settings.model_path)

@@ -94,6 +94,10 @@ def _check(flags: Mapping[str, Any]) -> None:
         ),
         (has_file and flags["no_stream"], "--no_stream has no effect on --input_file; leave it out"),
         (
+            sequences > 1 and not has_file and flags["no_stream"],
+            "--no_stream has no effect with --num_return_sequences, whose answers are printed whole; leave it out",
+        ),
+        (
             sequences > 1 and not flags["do_sample"],
             f"--num_return_sequences {sequences} needs --do_sample True: without sampling, all answers are the same",
         ),

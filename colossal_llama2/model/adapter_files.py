@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from colossal_llama2.errors import UserError
 from colossal_llama2.layer_matrices import LAYER_MATRICES, in_order
 from colossal_llama2.model import lora
-from colossal_llama2.model.loading import FLOAT_DTYPES, StoredWeight, layer_matrices
+from colossal_llama2.model.loading import FLOAT_DTYPES, StoredWeight, check_shapes, layer_matrices
 from colossal_llama2.model.lora import PEFT_PREFIX, LoraShape
 from colossal_llama2.model.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, StrPath, shard_names
 from colossal_llama2.model.tied_weights import INPUT_EMBEDDING, OUTPUT_EMBEDDING
@@ -248,18 +248,11 @@ def check_adapter_weights(adapter: Adapter, fields: dict[str, Any]) -> dict[str,
         rows = fields["vocab_size"], fields["hidden_size"]
         expected.update({PEFT_PREFIX + name: rows for name in embeddings})
     path = adapter.weights_file
-    problems = [f"lacks {name}" for name in expected.keys() - stored.keys()]
-    problems += [f"has the unknown {shown(name)[1:-1]}" for name in stored.keys() - expected.keys()]
-    both = expected.keys() & stored.keys()
-    problems += [
-        f"has {name} of shape {stored[name].shape}, {expected[name]} is needed"
-        for name in both
-        if stored[name].shape != expected[name]
-    ]
-    problems += [f"has {name} of {stored[name].dtype}" for name in both if stored[name].dtype not in FLOAT_DTYPES]
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(f"{path}: {sorted(problems)[0]}{more}; it does not fit its {ADAPTER_CONFIG} and its base")
+    cure = f"it does not fit its {ADAPTER_CONFIG} and its base"
+    check_shapes(stored, expected, str(path), needed="which should be", cure=cure)
+    packed = sorted(name for name in stored if stored[name].dtype not in FLOAT_DTYPES)
+    if packed:
+        raise UserError(f"{path}: has {packed[0]} of {stored[packed[0]].dtype}; {cure}")
     return stored
 
 

@@ -1,10 +1,12 @@
 """Load a LLaMA model for training from safetensors, after checking that every weight is there."""
 
+import math
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from colossal_llama2.errors import UserError
@@ -86,8 +88,8 @@ def check_model_folder(path: StrPath, flag: str, *, needs_weights: bool = True) 
             f"init_model.py writes"
         )
     generation_ids(folder, read_fields(path))
-    if needs_weights and not has_weights(folder):
-        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
+    pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
+    if (needs_weights or pickled) and not has_weights(folder):
         cure = (
             "pickled weights can run code and are not read here; load it once with transformers where you trust it "
             "and save_pretrained() it"
@@ -157,23 +159,41 @@ def check_weights(path: StrPath) -> None:
     expected = dict(expected_shapes(fields))
     if fields["tie_word_embeddings"]:
         stored.pop(OUTPUT_EMBEDDING, None)
-    problems = [f"lacks {name}" for name in expected.keys() - stored.keys()]
-    problems += [f"has the unknown weight {shown(name)[1:-1]}" for name in stored.keys() - expected.keys()]
-    both = expected.keys() & stored.keys()
-    problems += [
-        f"has {name} of shape {stored[name].shape}, its config.json requires {expected[name]}"
-        for name in both
-        if stored[name].shape != expected[name]
-    ]
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(f"{path}: {sorted(problems)[0]}{more}; weights and config.json must be of the same model")
-    packed = sorted(name for name in both if stored[name].dtype not in FLOAT_DTYPES)
+    check_shapes(
+        stored,
+        expected,
+        f"{path}",
+        needed="its config.json requires",
+        cure="weights and config.json must be of the same model",
+    )
+    packed = sorted(name for name in expected if stored[name].dtype not in FLOAT_DTYPES)
     if packed:
         raise UserError(
             f"{path}: {packed[0]} is stored as {stored[packed[0]].dtype}, which is how quantized models are stored; "
             f"give the original model, in one of {', '.join(FLOAT_DTYPES)}"
         )
+
+
+def check_shapes(
+    stored: Mapping[str, StoredWeight], expected: Mapping[str, tuple[int, ...]], where: str, *, needed: str, cure: str
+) -> None:
+    """Raise UserError if a tensor is missing, unknown, or of another shape.
+
+    Args:
+        where: what stores them, for the message.
+        needed: the words before the right shape.
+        cure: the end of the message.
+    """
+    problems = [f"lacks {name}" for name in expected.keys() - stored.keys()]
+    problems += [f"has the unknown weight {shown(name)[1:-1]}" for name in stored.keys() - expected.keys()]
+    problems += [
+        f"has {name} of shape {stored[name].shape}, {needed} {expected[name]}"
+        for name in expected.keys() & stored.keys()
+        if stored[name].shape != expected[name]
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(f"{where}: {sorted(problems)[0]}{more}; {cure}")
 
 
 def layer_matrices(fields: dict[str, Any]) -> dict[str, tuple[int, int]]:
@@ -229,22 +249,31 @@ def inspect_weights(path: StrPath) -> ModelFacts:
 
 def facts_of_config(path: StrPath) -> ModelFacts:
     """The sizes of a folder's model, from config.json only. Raises UserError if no LLaMA can be made from it."""
-    model = model_without_weights(path)
-    config = model.config
-    # A single weight, if they are tied.
-    embeddings = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    model_without_weights(path)
+    return facts_of_fields(read_fields(path))
+
+
+def facts_of_fields(fields: dict[str, Any]) -> ModelFacts:
+    """The sizes of a model from the fields of a config.json. Imports no torch.
+
+    Args:
+        fields: what `read_fields` returns.
+    """
+    shapes = dict(expected_shapes(fields))
+    embeddings = [shapes[name] for name in ("model.embed_tokens.weight", OUTPUT_EMBEDDING) if name in shapes]
+    config = SimpleNamespace(**fields)
     return ModelFacts(
-        parameters=sum(param.numel() for param in model.parameters()),
-        embedding_parameters=sum(weight.numel() for weight in embeddings),
-        vocab_size=config.vocab_size,
-        max_position_embeddings=config.max_position_embeddings,
+        parameters=sum(math.prod(shape) for shape in shapes.values()),
+        embedding_parameters=sum(math.prod(shape) for shape in embeddings),
+        vocab_size=fields["vocab_size"],
+        max_position_embeddings=fields["max_position_embeddings"],
         positions=positions_of(config),
         scaling=scaling_type(config),
-        attention_heads=config.num_attention_heads,
-        key_value_heads=config.num_key_value_heads,
-        layers=config.num_hidden_layers,
-        ties_embeddings=config.tie_word_embeddings,
-        layer_matrices=layer_matrices(read_fields(path)),
+        attention_heads=fields["num_attention_heads"],
+        key_value_heads=fields["num_key_value_heads"],
+        layers=fields["num_hidden_layers"],
+        ties_embeddings=fields["tie_word_embeddings"],
+        layer_matrices=layer_matrices(fields),
     )
 
 

@@ -59,12 +59,15 @@ def read_json(path: Path) -> dict:
 class JsonLine(NamedTuple):
     """One line of a jsonl file: `where` is file:line, `size` its bytes, `record` its object, None for a blank line.
 
+    `text` is the line that the object was parsed from.
+
     Consecutive blank lines may be one item, at the position of the first.
     """
 
     where: str
     size: int
     record: dict | None
+    text: bytes = b""
 
 
 def read_jsonl(path: Path, *, explain: Callable[[bytes], str | None] = lambda line: None) -> Iterator[JsonLine]:
@@ -91,7 +94,7 @@ def read_jsonl(path: Path, *, explain: Callable[[bytes], str | None] = lambda li
                 yield JsonLine(where, line.size, None)
                 continue
             try:
-                yield JsonLine(where, line.size, parse_object(text))
+                yield JsonLine(where, line.size, parse_object(text), text)
             except ValueError as error:
                 raise UserError(f"{where}: {explain(text) or error}")
 

@@ -192,7 +192,7 @@ def benchmark(config: TrainConfig, settings: BenchmarkConfig, stop: NoSignals) -
         UserError: the model does not fit the flags.
         Stopped: a signal came to a rank.
     """
-    inputs = open_benchmark_inputs(config, JobChecks(), num_samples=settings.num_samples, needs_weights=True)
+    inputs = open_benchmark_inputs(config, JobChecks(), num_samples=settings.num_samples)
     engine, max_length = inputs.engine, config.data.max_length
     dataset = random_dataset(
         settings.num_samples,

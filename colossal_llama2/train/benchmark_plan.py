@@ -25,7 +25,7 @@ def plan_benchmark(config: TrainConfig, settings: BenchmarkConfig, problems: Pro
     """
     problems.raise_any()
     checks = DryRunChecks(problems)
-    inputs = open_benchmark_inputs(config, checks, num_samples=settings.num_samples, needs_weights=False)
+    inputs = open_benchmark_inputs(config, checks, num_samples=settings.num_samples)
     if not logs.is_first_rank():
         return
     run_metadata.log_sizes(config, inputs.ranks, inputs.model)

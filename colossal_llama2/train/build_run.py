@@ -53,9 +53,6 @@ def build_run(
     Args:
         reports: False leaves out the reports of the steps, as the benchmark of their cost does.
 
-    Args:
-        reports: False leaves out the reports of the steps, as the benchmark of their cost does.
-
     Raises:
         UserError, RunError: on all ranks; nothing was trained.
     """
@@ -84,6 +81,7 @@ def build_run(
                 config,
                 engine,
                 inputs.data.eval_sets,
+                inputs.data.eval_prompts,
                 history,
                 eval_pending=inputs.start.eval_pending,
                 reporter=reporter,

@@ -5,21 +5,24 @@ problems (DryRunChecks).
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from colossal_llama2 import logs
 from colossal_llama2.dataset.read.prepared_data import highest_token_id
 from colossal_llama2.dataset.read.untrained import log_untrained, untrained_samples
 from colossal_llama2.encoding.transformers_tokenizer import load_tokenizer
 from colossal_llama2.engine.engine import Engine
 from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.engine.settings import Ranks
+from colossal_llama2.engine.settings_problems import split_problems
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.adapter_files import check_base, read_adapter, weights_hashes
-from colossal_llama2.model.loading import ModelFacts
+from colossal_llama2.model.loading import ModelFacts, facts_of_config, inspect_weights
+from colossal_llama2.model.model_folder import StrPath, has_weights
 from colossal_llama2.model.positions import described
 from colossal_llama2.model.training_history import Weights
 from colossal_llama2.model.weight_numbers import check_numbers
-from colossal_llama2.plurals import counted
 from colossal_llama2.train.settings.config import TrainConfig
 from colossal_llama2.train.settings.from_flags import Problems
 from colossal_llama2.train.settings.ranks import PlannedRanks
@@ -50,6 +53,9 @@ class Checks(Protocol):
 
     def raise_problems(self) -> None:
         """Raise a UserError that names all problems found so far, if there are any."""
+
+    def model(self, folder: StrPath) -> ModelFacts | None:
+        """The sizes of the model in a folder, after its weights are compared with its config.json."""
 
     def ranks(self, config: TrainConfig, model: ModelFacts | None) -> Ranks:
         """The ranks of the job."""
@@ -88,6 +94,9 @@ class JobChecks(Checks):
 
     def raise_problems(self) -> None:
         pass  # each check has raised its own
+
+    def model(self, folder: StrPath) -> ModelFacts:
+        return self(inspect_weights, folder)
 
     def ranks(self, config: TrainConfig, model: ModelFacts | None) -> Ranks:
         """The engine that will hold the model."""
@@ -155,6 +164,13 @@ class DryRunChecks(Checks):
     def raise_problems(self) -> None:
         self._problems.raise_any()
 
+    def model(self, folder: StrPath) -> ModelFacts | None:
+        """A config.json is enough."""
+        if has_weights(Path(folder)):
+            return self(inspect_weights, folder)
+        logs.get_logger().info("%s has no weights: planned only from its config.json", folder)
+        return self(facts_of_config, folder)
+
     def ranks(self, config: TrainConfig, model: ModelFacts | None) -> Ranks:
         return PlannedRanks(config.engine, config.world_size)
 
@@ -176,20 +192,8 @@ def check_model_fits(config: TrainConfig, model: ModelFacts) -> None:
         # As in `check_max_length`, for a checkpoint with other positions than --pretrained.
         has = described(model.positions, model.scaling)
         raise UserError(f"--max_length {max_length} given, {has}; give at most that")
-    # Sequence-parallel ranks exchange whole heads, as tensor-parallel ranks hold them.
-    splits = settings.tp_size * settings.sp_size
-    if model.attention_heads % splits or model.key_value_heads % splits:
-        given = f"--tp {settings.tp_size}"
-        given += "" if settings.sp_size == 1 else f" x --sp {settings.sp_size}"
-        raise UserError(
-            f"{given} does not divide the model's {model.attention_heads} attention heads "
-            f"and {model.key_value_heads} key-value heads; give a number that does"
-        )
-    if model.layers < settings.pp_size:
-        raise UserError(
-            f"--pp {settings.pp_size} given, the model has {counted(model.layers, 'layer')}; "
-            f"give at most that many stages"
-        )
+    for problem in split_problems(settings, model):
+        raise UserError(problem)
 
 
 def check_tokenizer_fits(config: TrainConfig, model: ModelFacts) -> None:

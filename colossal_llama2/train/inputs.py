@@ -22,14 +22,15 @@ from colossal_llama2.engine.engine import Engine
 from colossal_llama2.engine.settings import Ranks
 from colossal_llama2.errors import UserError
 from colossal_llama2.model import training_history
-from colossal_llama2.model.loading import ModelFacts, check_model, facts_of_config, inspect_weights
-from colossal_llama2.model.model_folder import INDEX_FILE, WEIGHTS_FILE, StrPath, shard_names
+from colossal_llama2.model.loading import ModelFacts, check_model
+from colossal_llama2.model.model_folder import StrPath
 from colossal_llama2.model.training_history import Weights
 from colossal_llama2.train.checkpointing import resuming
 from colossal_llama2.train.checkpointing.resuming import Start
 from colossal_llama2.train.checkpointing.run_facts import RunFacts
 from colossal_llama2.train.checkpointing.small_files import json_bytes, model_files
 from colossal_llama2.train.checks import Checks, check_model_fits, check_tokenizer_fits
+from colossal_llama2.train.evaluation.answers import EvalPrompt, load_prompts
 from colossal_llama2.train.evaluation.evaluation_setup import load_eval_sets
 from colossal_llama2.train.evaluation.evaluator import LoadedSet
 from colossal_llama2.train.forecast import data_plan
@@ -53,12 +54,14 @@ class LoadedData:
             the first unless the order depends on lengths.
         buckets: the order of samples, if it is not one shuffle of everything.
         eval_sets: the samples of each --eval_dataset.
+        eval_prompts: those of --eval_prompts.
     """
 
     samples: "datasets.Dataset"
     measured: Sequence[MeasuredPart]
     buckets: Buckets | None
     eval_sets: list[LoadedSet]
+    eval_prompts: list[EvalPrompt]
 
 
 @dataclass(frozen=True)
@@ -131,21 +134,18 @@ def open_inputs(config: TrainConfig, checks: Checks) -> RunInputs:
     return RunInputs(model, ranks, order, data, facts.with_first_sample(start.first_sample), start, schedule, base)
 
 
-def open_benchmark_inputs(config: TrainConfig, checks: Checks, *, num_samples: int, needs_weights: bool) -> JobInputs:
+def open_benchmark_inputs(config: TrainConfig, checks: Checks, *, num_samples: int) -> JobInputs:
     """The same for --benchmark, which reads no data.
 
     Args:
         num_samples: random samples of an epoch.
-        needs_weights: whether the weights must exist; if False, config.json is enough.
     """
-    weights = config.source.weights
-    inspect = inspect_weights if needs_weights or _has_weights(weights) else _facts_of
-    model = checks(inspect, config.source.weights_folder)
+    model = checks.model(config.source.weights_folder)
     checks(check_model_fits, config, model)
     checks.raise_problems()
     assert model is not None, "what is missing was raised as a problem"
     ranks = checks.ranks(config, model)
-    checks.weights(weights, config.engine.precision)
+    checks.weights(config.source.weights, config.engine.precision)
     return JobInputs(model, ranks, _sample_order(config, ranks, num_samples))
 
 
@@ -154,10 +154,11 @@ def _open_model(config: TrainConfig, checks: Checks) -> ModelFacts | None:
     source = config.source
     if not checks.may_continue() and not _is_model(source.weights_folder):
         return None  # reported with the flags
-    model = checks(inspect_weights, source.weights_folder)
+    model = checks.model(source.weights_folder)
     checks(check_model_fits, config, model)
-    checks(check_tokenizer_fits, config, model)
-    if model is not None:
+    if config.has_tokenizer:
+        checks(check_tokenizer_fits, config, model)
+    if model is not None and config.has_tokenizer:
         files = partial(model_files, stage=config.stage, chat=config.chat)
         checks.dry_run_only(files, source.weights_folder, source.tokenizer, config.engine.precision)
     return model
@@ -178,7 +179,8 @@ def _open_data(config: TrainConfig, checks: Checks) -> LoadedData | None:
     measured = checks(_measure, parts)
     buckets = checks(data_plan.buckets_of, parts, measured)
     eval_sets = checks(load_eval_sets, config)
-    return LoadedData(samples, measured or [], buckets, eval_sets or [])
+    eval_prompts = checks(load_prompts, config)
+    return LoadedData(samples, measured or [], buckets, eval_sets or [], eval_prompts or [])
 
 
 def _measure(data: Data) -> Sequence[MeasuredPart]:
@@ -221,21 +223,7 @@ def _check_records(config: TrainConfig, facts: RunFacts) -> None:
 
 def _is_model(folder: StrPath) -> bool:
     try:
-        check_model(folder, "--pretrained")
+        check_model(folder, "--pretrained", needs_weights=False)
     except UserError:
         return False
     return True
-
-
-def _facts_of(folder: StrPath) -> ModelFacts:
-    logs.get_logger().info("%s has no weights, or not all: planned only from its config.json", folder)
-    return facts_of_config(folder)
-
-
-def _has_weights(folder: str) -> bool:
-    if not any(Path(folder, name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE)):
-        return False
-    try:
-        return all(Path(folder, name).is_file() for name in shard_names(folder))
-    except UserError:
-        return False

@@ -23,7 +23,7 @@ def train(args: argparse.Namespace) -> None:
         Stopped: a signal came.
     """
     here = meeting.settled_place()
-    if args.dry_run:
+    if args.dry_run or args.suggest:
         return _dry_run(args)
     command = Path(sys.argv[0]).name
     with contextlib.ExitStack() as around:
@@ -39,6 +39,10 @@ def train(args: argparse.Namespace) -> None:
 
 
 def _dry_run(args: argparse.Namespace) -> None:
+    if args.suggest:
+        from colossal_llama2.train.suggest import plan_layouts
+
+        return plan_layouts(args)
     from colossal_llama2.train.benchmark_plan import plan_benchmark
     from colossal_llama2.train.dry_run import dry_run
     from colossal_llama2.train.settings import from_flags

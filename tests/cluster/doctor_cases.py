@@ -6,6 +6,7 @@
 prints a table of the cases with seconds, exit code and the line, and ends with 1 if one is not as expected.
 """
 
+import concurrent.futures
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ from tests.cluster.hosts import PATH, Cluster, missing
 from tests.conftest import ROOT
 
 PORT = 30013
+AT_ONCE = 2
 # By name or by address, the way users write them.
 HOSTS = ("node1", "node2", "10.201.0.3")
 FLAGS = "train.py --pretrained model --dataset zh=arrow/part-00000 --save_dir runs/first".split()
@@ -129,6 +131,7 @@ MOUNT_READ_ONLY = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0"'
 DROP = f"ip rule add to 10.201.0.2 ipproto tcp sport {PORT} blackhole"
 # Host 2 reaches ssh and MASTER_PORT of the others, but none of the ports that gloo chooses, as behind a firewall.
 DROP_GLOO = "ip rule add ipproto tcp dport 30014-65534 sport 30014-65534 to 10.201.0.0/24 blackhole"
+SLOW = "tc qdisc add dev eth0 root tbf rate 20mbit burst 64kb latency 50ms"
 CASES = (
     Case("good", lambda p: None, ""),
     Case(
@@ -137,6 +140,7 @@ CASES = (
     Case("host off", lambda p: p.cluster.kill(2), "node2: does not answer within 5 s"),
     Case("cable out", lambda p: p.cluster.cut(2), "node2: does not answer within 5 s"),
     Case("no sshd", lambda p: p.cluster.stop_sshd(2), "node2: accepts no connection on ssh's port (.*refused.*)"),
+    Case("no sshd here", lambda p: p.cluster.stop_sshd(1), "node1: accepts no .*this host, so", "warning"),
     Case("key refused", lambda p: p.cluster.authorize(2, False), "node2: refuses this user's key .*ssh-copy-id node2"),
     Case("tcsh", lambda p: p.cluster.set_shell(2, "/usr/bin/tcsh"), "node2: the login shell /usr/bin/tcsh .*chsh"),
     Case(
@@ -220,6 +224,18 @@ CASES = (
     Case("secret", lambda p: p.variables.update(HF_TOKEN="abc"), "HF_TOKEN: colossalai run by hand", "warning"),
     Case("dist", lambda p: p.flags.extend(["--dist", "--dist_seconds", "60"]), ""),
     Case(
+        "dist, Debian's own name",
+        lambda p: (p.flags.extend(["--dist", "--dist_seconds", "60"]), p.hosts_file(1, own="127.0.1.1")),
+        "node1: its own name node1 has the address 127.0.1.1; training looks for another itself",
+        "warning",
+    ),
+    Case(
+        "dist, slow link",
+        lambda p: (p.flags.extend(["--dist", "--dist_seconds", "60"]), p.shell(2, SLOW)),
+        "10.201.0.3: rank 2: receives .* from node2 over gloo, others .*; check cable",
+        "warning",
+    ),
+    Case(
         "dist, ports blocked",
         lambda p: (p.flags.extend(["--dist", "--dist_seconds", "45"]), p.shell(2, DROP_GLOO)),
         "node2: rank 1: ",
@@ -286,9 +302,11 @@ def main() -> None:
         sys.exit(f"doctor_cases: {reason}")
     chosen = [case for case in CASES if not sys.argv[1:] or any(word in case.name for word in sys.argv[1:])]
     rows = []
-    for case in chosen:
-        rows.append(run_case(case))
-        print(*rows[-1], sep=" | ", flush=True)
+    # Most of the time is spent in waiting for hosts that do not answer.
+    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
+        for row in pool.map(run_case, chosen):
+            rows.append(row)
+            print(*row, sep=" | ", flush=True)
     print()
     print_table([["case", "seconds", "code", "line", "wrong"], *rows], align="lrrll")
     failed = [row[0] for row in rows if row[-1]]

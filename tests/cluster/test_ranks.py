@@ -10,11 +10,12 @@ from pathlib import Path
 
 import datasets
 import pytest
-from safetensors.torch import load_file
 
 from colossal_llama2.encoding.registry import load_encoder
 from tests import tiny
 from tests.conftest import ROOT
+from tests.test_launcher import parent_of
+from tests.test_run_lock import OTHER
 
 # Under a load of other tests, the imports of two ranks take a minute.
 START_SECONDS = 240.0
@@ -36,13 +37,13 @@ lock_claim.STALE_SECONDS, lock_holder.BEAT_SECONDS, lock_holder.FRESH_SECONDS = 
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory, tokenizer_dir, model_dir):
-    """Of a run of two steps an epoch on one rank of a host, one on two."""
+    """Of a run that lasts longer than any test."""
     encoder = load_encoder(tokenizer_dir)
     rows = [[1, *ids[:30], 2] for ids in encoder.encode(tiny.english_documents()[:24])]
     part = tmp_path_factory.mktemp("prepared") / "part-00000"
     datasets.Dataset.from_dict({"input_ids": rows, "labels": rows}).save_to_disk(part)
     words = ["--pretrained", model_dir, "--dataset", part, "--max_length", 64, "--plugin", "zero2"]
-    return [*words, "--mixed_precision", "fp32", "--dist_timeout", 60]
+    return [*words, "--mixed_precision", "fp32", "--dist_timeout", 60, "--num_epochs", 400]
 
 
 class Job:
@@ -121,18 +122,45 @@ def wait_for_line(output, words, seconds=START_SECONDS):
         time.sleep(0.05)
 
 
-def weights(job):
-    return load_file(job.save_dir / "modeling" / "model.safetensors")
+def test_of_two_hosts_that_start_at_once_one_writes(make_cluster, tmp_path):
+    """With flock and on a file system without it, several times."""
+    cluster = make_cluster(2)
+    script = tmp_path / "other.py"
+    script.write_text(OTHER)
+    for number, options in enumerate([(), ("no-flock",), (), ("no-flock",)]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        runs = [
+            cluster.popen(
+                host,
+                [sys.executable, script, folder, f"node{host}", *options],
+                env={**ENVIRONMENT, "PYTHONPATH": ROOT},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for host in (1, 2)
+        ]
+        deadline = time.monotonic() + 60.0
+        while all(run.poll() is None for run in runs) or not (folder / "log").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        (folder / "stop").touch()
+        outputs = [run.communicate(timeout=30)[0] for run in runs]
+        assert sorted(run.returncode for run in runs) == [0, 2], outputs
+        winner = next(f"node{host}" for host, run in enumerate(runs, 1) if run.returncode == 0)
+        assert set((folder / "log").read_text().split()) == {winner}
+        assert any(f"on {winner} since" in output and "is writing to it" in output for output in outputs), outputs
 
 
 def test_the_lock_of_a_killed_host_does_not_stop_a_run_on_another(job):
     """The names of the hosts differ, the lock file stays, and the file system's flock shows that its holder is dead."""
-    _, output = job.start(2, ALONE, "--max_steps", 2000, "--save_interval", 2)
+    _, output = job.start(2, ALONE, "--save_interval", 2)
     job.wait_for("epoch-0_step-2", output)
     job.cluster.kill(2)
     owner = json.loads((job.save_dir / ".lock").read_text())
     assert owner["host"] == "node2"
-    process, output = job.start(1, ALONE, "--resume", "auto", "--max_steps", 2000, "--save_interval", 2)
+    process, output = job.start(1, ALONE, "--resume", "auto", "--save_interval", 2)
     wait_for_line(output, "Resumed ")
     assert f"Replacing {job.save_dir}/.lock of process {owner['pid']} on node2" in output()
 
@@ -145,14 +173,16 @@ def test_a_host_that_was_cut_off_and_comes_back_writes_nothing(job, tmp_path):
     more = ["--resume", "auto", "--max_steps", 60, "--save_interval", 2]
     first, output = job.start(1, ALONE, *more, **path)
     job.wait_for("epoch-0_step-2", output)
-    (pid,) = json_pids(job, "node1")
+    (pid,) = writers(job)
     os.kill(pid, signal.SIGSTOP)
     second, other = job.start(2, ALONE, *more, **path)
     wait_for_line(other, "Resumed ")
     before = {
         entry.name: entry.stat().st_mtime_ns for entry in job.save_dir.iterdir() if entry.name.startswith("epoch")
     }
-    os.kill(pid, signal.SIGCONT)
+    # nsenter, which waits for it, has stopped with it.
+    for stopped in (pid, first.pid):
+        os.kill(stopped, signal.SIGCONT)
     assert first.wait(60) == 1, output()
     assert "has taken over the lock of this process on node1" in output() and "Traceback" not in output()
     assert second.wait(START_SECONDS) == 0, other()
@@ -162,8 +192,8 @@ def test_a_host_that_was_cut_off_and_comes_back_writes_nothing(job, tmp_path):
     assert [record["step"] for record in steps if "loss" in record] == list(range(1, 61))
 
 
-def json_pids(job, host):
-    """The processes that hold the lock on a host, as this machine counts them."""
+def writers(job):
+    """The processes of a run without a launcher, as this machine counts them."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -181,7 +211,7 @@ def test_names_that_resolve_to_a_loopback_address_and_a_dead_rank_0(job):
     for host in (1, 2):
         names = "".join(f"{job.cluster.address(i)} node{i}\n" for i in (1, 2) if i != host)
         job.cluster.set_hosts(host, f"127.0.0.1 localhost\n127.0.1.1 node{host}\n{names}")
-    more = ["--resume", "auto", "--max_steps", 2000, "--save_interval", 2]
+    more = ["--resume", "auto", "--save_interval", 2]
     outputs = [job.start(host, torchrun(restarts=2), *more)[1] for host in (1, 2)]
     job.wait_for("epoch-0_step-2", *outputs)
     found = outputs[0]() + outputs[1]()
@@ -224,6 +254,24 @@ def test_a_rank_that_dies_while_it_starts_ends_the_others(job):
         time.sleep(0.05)
     found = outputs[0]() + outputs[1]()
     assert " died; nothing was trained, start again" in found and not job.save_dir.exists(), found
+
+
+def test_ranks_of_colossalai_run_end_with_its_connection(job, tmp_path):
+    """The ssh connection to node2 ends there. colossalai run itself does not notice it."""
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("node1\nnode2\n")
+    launcher = [Path(sys.executable).with_name("colossalai"), "run", "--hostfile", hostfile, "--nproc_per_node", 1]
+    _, output = job.start(1, [*launcher, "--master_addr", "node1"], "--save_interval", 2)
+    job.wait_for("epoch-0_step-2", output)
+    # The rank's parent is torchrun, whose parent is the server of the connection.
+    server = parent_of(parent_of(job.ranks()[1]))
+    assert Path(f"/proc/{server}/comm").read_text().startswith("sshd")
+    os.kill(server, signal.SIGKILL)
+    deadline = time.monotonic() + 60.0
+    while job.ranks():
+        assert time.monotonic() < deadline, output()
+        time.sleep(0.05)
+    assert not (job.save_dir / ".lock").exists() and "Traceback" not in output()
 
 
 def test_another_version_of_the_package_on_one_host_is_refused(job, tmp_path):

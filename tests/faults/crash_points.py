@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import random
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from tests.faults import trace, warm
 from tests.faults.place import Place
 from tests.faults.rows import Row
 
+MARK = re.compile(r"\.[0-9a-f]{8}\.(tmp|old)$")
 KEEP_LAST = 2
 STEPS = 4
 FLAGS = ["--micro_batch_size", 4, "--save_interval", 1, "--keep_last", KEEP_LAST, *places.PLUGINS["zero2"]]
@@ -110,7 +112,9 @@ class Bench:
     def _state_of(self, save_dir: Path) -> frozenset:
         """Everything that a resumed run can read: the names, and the content of complete checkpoints."""
         manifests = {path.read_bytes() for path in save_dir.glob("*/manifest.json") if not _is_leftover(path.parent)}
-        return frozenset({*os.listdir(save_dir), *manifests, (save_dir / "latest").read_bytes()})
+        # Each run marks the name of what it is writing; all of these are removed alike.
+        names = {MARK.sub(r".\1", name) for name in os.listdir(save_dir)}
+        return frozenset({*names, *manifests, (save_dir / "latest").read_bytes()})
 
 
 def _is_leftover(path: Path) -> bool:

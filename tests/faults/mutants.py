@@ -96,7 +96,7 @@ MUTANTS: list[Mutant] = [
     Mutant("no fsync", SYNCS, order),
     Mutant(
         "no rename: written under the final name",
-        ((checkpoint_writer, "PARTIAL_SUFFIX", ""), (checkpoint_files, "publish_checkpoint", point_to)),
+        ((checkpoint_writer, "partial_suffix", str), (checkpoint_files, "publish_checkpoint", point_to)),
         crashes(lambda operation: operation.kind == "write" and operation.path.endswith("manifest.json"), torn=True),
     ),
     Mutant(

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from typing import IO
 
 from colossal_llama2.cluster.doctor import survey
-from colossal_llama2.cluster.doctor.exchange_worker import STAGES, WORKER_MARK
+from colossal_llama2.cluster.doctor.exchange_worker import HOSTS, STAGES, WORKER_MARK
 from colossal_llama2.cluster.doctor.finding import Finding, error, warning
 from colossal_llama2.cluster.doctor.remote import SHELL, SSH_OPTIONS, explained
 from colossal_llama2.cluster.doctor.survey import Question
-from colossal_llama2.cluster.hostfile import Host
+from colossal_llama2.cluster.hostfile import Host, is_this_host
 
 WORKER = "colossal_llama2.cluster.doctor.exchange_worker"
 # A link that is so many times slower than the median is reported.
@@ -31,14 +31,17 @@ AFTER_FAILURE_SECONDS = 2.0
 LOOK_SECONDS = 0.05
 # A rank that fails so long before the limit has found a fault; later ones have waited for another rank.
 OWN_FAULT_SECONDS = 3.0
-# What a rank has not done, by its last stage.
-WAITS_FOR = {
-    None: "did not start",
-    "started": "is still importing torch; if its disk is slow, give --dist_seconds more",
-    "imported": "cannot connect to {master} on MASTER_PORT={port}; check that port in the firewall",
-    "met": "cannot connect to all others over gloo; open all ports between the hosts, or set GLOO_SOCKET_IFNAME",
-    "joined": "exchanges nothing over gloo; open all ports between the hosts, or set GLOO_SOCKET_IFNAME",
-    "gloo": "exchanges nothing over NCCL; set NCCL_DEBUG=INFO, NCCL_SOCKET_IFNAME, or NCCL_IB_DISABLE=1 and try again",
+# What a rank has not done, by its last stage, and the cure.
+NOT_DONE = {
+    None: ("did not start", "run python -c 'import torch' there by hand"),
+    "started": ("did not import torch", "if its disk is slow, give --dist_seconds more"),
+    "imported": ("did not connect to {master} on MASTER_PORT={port}", "open that port in the firewall"),
+    "met": ("did not connect to all others over gloo", "open all ports between the hosts, or set GLOO_SOCKET_IFNAME"),
+    "joined": ("did not exchange data over gloo", "open all ports between the hosts, or set GLOO_SOCKET_IFNAME"),
+    "gloo": (
+        "did not exchange data over NCCL",
+        "try NCCL_SOCKET_IFNAME, or NCCL_IB_DISABLE=1; NCCL_DEBUG=INFO shows more",
+    ),
 }
 
 
@@ -47,11 +50,13 @@ class Rank:
     """What is known of a rank.
 
     Attributes:
+        number: its rank.
         stage: the last of STAGES that it reported; None before the first.
         figures: by stage, what it measured.
         problem: the error that ended it, and at what time.
     """
 
+    number: int
     host: Host
     stage: str | None = None
     figures: dict[str, dict] = field(default_factory=dict)
@@ -78,14 +83,18 @@ def exchange(
         variables: the environment, of which the network's variables are passed on.
     """
     places = list(hosts) or [Host(socket.gethostname())]
-    ranks = [Rank(host) for host in places for _ in range(per_host)]
+    ranks = [Rank(number, places[number // per_host]) for number in range(len(places) * per_host)]
     master = places[0].name if hosts else "localhost"
+    passed = {name: value for name, value in variables.items() if name.startswith(NETWORK_VARIABLES)}
+    passed |= {"MASTER_ADDR": master, "MASTER_PORT": str(question.port), "WORLD_SIZE": str(len(ranks))}
+    # By which a rank finds its interface; the last one besides, where the first host is its own.
+    passed[HOSTS] = f"{master} {places[-1].name}" if hosts else master
     end = time.monotonic() + seconds
     processes, threads = [], []
     try:
         for number, host in enumerate(places):
-            script = _script(question, variables, master, number * per_host, per_host, len(ranks), seconds)
-            process = _start(host if hosts else None)
+            script = _script(question, passed, number * per_host, per_host, seconds)
+            process = _start(host if hosts and not is_this_host(host.name) else None)
             processes.append(process)
             of_host = ranks[number * per_host : (number + 1) * per_host]
             threads.append(threading.Thread(target=_follow, args=(process, script, ranks, of_host), daemon=True))
@@ -108,19 +117,9 @@ def _start(host: Host | None) -> subprocess.Popen:
     return subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
 
 
-def _script(
-    question: Question,
-    variables: Mapping[str, str],
-    master: str,
-    first: int,
-    per_host: int,
-    world_size: int,
-    seconds: float,
-) -> str:
+def _script(question: Question, variables: Mapping[str, str], first: int, per_host: int, seconds: float) -> str:
     """A script for sh that starts the ranks of a host, and waits for them. They end by themselves at the limit."""
-    passed = {name: value for name, value in variables.items() if name.startswith(NETWORK_VARIABLES)}
-    passed |= {"MASTER_ADDR": master, "MASTER_PORT": str(question.port), "WORLD_SIZE": str(world_size)}
-    lines = [*survey.entering(question), *(f"export {name}={shlex.quote(value)}" for name, value in passed.items())]
+    lines = [*survey.entering(question), *(f"export {name}={shlex.quote(value)}" for name, value in variables.items())]
     for local_rank in range(per_host):
         lines.append(
             f"RANK={first + local_rank} LOCAL_RANK={local_rank} LOCAL_WORLD_SIZE={per_host} "
@@ -177,22 +176,18 @@ def _faults(ranks: Sequence[Rank], master: str, port: int | None, seconds: float
     own = [rank for rank in failed if rank.problem and rank.ended < end - OWN_FAULT_SECONDS]
     if own:
         first = min(own, key=lambda rank: rank.ended)
-        return [_fault(first, ranks, f"{_waits(first, master, port)} ({first.problem})")]
+        return [_fault(first, master, port, f" ({first.problem})")]
     order = (None, *STAGES)
     earliest = min((order.index(rank.stage) for rank in failed), default=0)
     return [
-        _fault(rank, ranks, f"within {seconds:g} s {_waits(rank, master, port)}")
-        for rank in failed
-        if order.index(rank.stage) == earliest
+        _fault(rank, master, port, f" within {seconds:g} s") for rank in failed if order.index(rank.stage) == earliest
     ]
 
 
-def _waits(rank: Rank, master: str, port: int | None) -> str:
-    return WAITS_FOR[rank.stage].format(master=master, port=port)
-
-
-def _fault(rank: Rank, ranks: Sequence[Rank], text: str) -> Finding:
-    return error(f"{rank.host.name}: rank {list(map(id, ranks)).index(id(rank))}", text)
+def _fault(rank: Rank, master: str, port: int | None, how: str) -> Finding:
+    what, cure = NOT_DONE[rank.stage]
+    what = what.format(master=master, port=port)
+    return error(f"{rank.host.name}: rank {rank.number}", f"{what}{how}; {cure}")
 
 
 def _slow_links(ranks: Sequence[Rank]) -> list[Finding]:
@@ -201,25 +196,25 @@ def _slow_links(ranks: Sequence[Rank]) -> list[Finding]:
     for kind, name in (("gloo", "gloo"), ("nccl", "NCCL")):
         rates = [rank.figures.get(kind, {}).get("receive", 0.0) for rank in ranks]
         usual = statistics.median(rates)
-        for number, (rank, rate) in enumerate(zip(ranks, rates, strict=True)):
+        for rank, rate in zip(ranks, rates, strict=True):
             if rate * SLOW_LINK < usual:
-                before = ranks[number - 1].host.name
+                before = ranks[rank.number - 1].host.name
                 text = f"receives {_rate(rate)} from {before} over {name}, others {_rate(usual)}"
                 cure = "check cable, port speed (ethtool) and interface of both"
-                found.append(warning(f"{rank.host.name}: rank {number}", f"{text}; {cure}"))
+                found.append(warning(f"{rank.host.name}: rank {rank.number}", f"{text}; {cure}"))
     return found
 
 
 def _rows(ranks: Sequence[Rank]) -> list[list[str]]:
     """For each rank and kind of network: interface, latency, and megabytes per second."""
     rows = [["rank", "host", "network", "interface", "latency", "all-reduce", "from the rank before"]]
-    for number, rank in enumerate(ranks):
+    for rank in ranks:
         for kind in ("gloo", "nccl"):
             figures = rank.figures.get(kind, {})
             if "interface" in figures:
                 rows.append(
                     [
-                        str(number),
+                        str(rank.number),
                         rank.host.name,
                         kind.replace("nccl", "NCCL"),
                         figures["interface"],

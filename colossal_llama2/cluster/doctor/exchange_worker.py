@@ -3,8 +3,8 @@
     RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=node1 MASTER_PORT=29500 \\
         python -m colossal_llama2.cluster.doctor.exchange_worker SECONDS
 
-The bandwidth of the all-reduce is that of the slowest link. The one from the rank before, which all ranks measure at
-the same time around a ring, shows which link that is.
+The bandwidth of the all-reduce is that of the slowest link. The one from the rank before, around a ring, shows which
+link that is.
 """
 
 import json
@@ -21,10 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from colossal_llama2.cluster.doctor.host_report import route_to
+from colossal_llama2.cluster.hostfile import is_loopback
 
 if TYPE_CHECKING:
     import torch
 
+# Names of hosts that a rank has to reach.
+HOSTS = "COLOSSAL_LLAMA2_EXCHANGE_HOSTS"
 WORKER_MARK = "colossal_llama2.exchange "
 STAGES = ("started", "imported", "met", "joined", "gloo", "nccl")
 # Numbers of 4 bytes: 4 MiB over gloo, 256 MiB over NCCL, which needs large messages for its full speed.
@@ -66,7 +69,7 @@ def _print(note: dict) -> None:
 
 
 def _exchange(rank: int, world_size: int, end: float) -> None:
-    address, interface = _choose_interface()
+    interface = _choose_interface()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "nccl.log")
         os.environ.update(NCCL_DEBUG="INFO", NCCL_DEBUG_SUBSYS="INIT,NET", NCCL_DEBUG_FILE=str(log))
@@ -86,7 +89,7 @@ def _exchange(rank: int, world_size: int, end: float) -> None:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
         _note(rank, "joined")
         dist.barrier()
-        _note(rank, "gloo", interface=interface or address, **_figures(rank, world_size, "gloo", torch.device("cpu")))
+        _note(rank, "gloo", interface=interface, **_figures(rank, world_size, "gloo", torch.device("cpu")))
         if not torch.cuda.is_available():
             _note(rank, "nccl")
             return
@@ -98,15 +101,20 @@ def _exchange(rank: int, world_size: int, end: float) -> None:
         dist.barrier()
 
 
-def _choose_interface() -> tuple[str, str | None]:
-    """Let gloo use the interface that leads to rank 0, unless a variable names one. Returns its address and name."""
+def _choose_interface() -> str:
+    """Let gloo use the interface that leads to another host, unless a variable names one. Returns its name.
+
+    The address of the host's own name, which gloo would take, may be a loopback one.
+    """
     named = os.environ.get("GLOO_SOCKET_IFNAME")
-    addresses = socket.getaddrinfo(os.environ["MASTER_ADDR"], None, type=socket.SOCK_STREAM)
-    route = route_to(str(addresses[0][4][0]))
-    address, interface = route or ("", None)
+    routes = []
+    for host in os.environ[HOSTS].split():
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        routes.append(route_to(str(found[0][4][0])) or ["127.0.0.1", None])
+    address, interface = next((route for route in routes if not is_loopback(route[0])), routes[0])
     if interface and not named:
         os.environ["GLOO_SOCKET_IFNAME"] = interface
-    return address, named or interface
+    return named or interface or address
 
 
 def _figures(rank: int, world_size: int, kind: str, device: "torch.device", group: Any = None) -> dict[str, float]:
@@ -139,21 +147,40 @@ def _figures(rank: int, world_size: int, kind: str, device: "torch.device", grou
     size = many.numel() * many.element_size()
     # Each byte travels 2 (n - 1) / n times through each link, as nccl-tests count it.
     bandwidth = size / seconds * 2 * (world_size - 1) / world_size if world_size > 1 else size / seconds
-    received = torch.empty_like(many)
-    link = timed(lambda: _pass_on(many, received, rank, world_size, group), repeats) if world_size > 1 else 0.0
+    link = 0.0
+    if world_size > 1:
+        _time_of_link(one, rank, world_size, 1, wait, group)
+        link = _time_of_link(many, rank, world_size, repeats, wait, group)
     return {"latency": latency, "all_reduce": bandwidth, "receive": size / link if link else 0.0}
 
 
-def _pass_on(sent: "torch.Tensor", received: "torch.Tensor", rank: int, world_size: int, group: Any) -> None:
-    """Send to the next rank and receive from the one before."""
+def _time_of_link(
+    values: "torch.Tensor", rank: int, world_size: int, repeats: int, wait: Callable[[], None], group: Any
+) -> float:
+    """Seconds in which a tensor arrives from the rank before.
+
+    A rank that sends and receives at a time would also wait for the next one. So the links of the ring take turns:
+    those of even ranks, those of odd ranks, and with an odd number of ranks that of the last one.
+    """
     import torch.distributed as dist
 
-    work = [
-        dist.P2POp(dist.isend, sent, (rank + 1) % world_size, group),
-        dist.P2POp(dist.irecv, received, (rank - 1) % world_size, group),
-    ]
-    for request in dist.batch_isend_irecv(work):
-        request.wait()
+    before, after = (rank - 1) % world_size, (rank + 1) % world_size
+
+    def turn_of(sender: int) -> int:
+        return 2 if world_size % 2 and sender == world_size - 1 else sender % 2
+
+    total = 0.0
+    for turn in [0, 1, 2] * repeats:
+        dist.barrier(group=group)
+        wait()
+        begin = time.perf_counter()
+        if turn_of(rank) == turn:
+            dist.send(values, after, group=group)
+        elif turn_of(before) == turn:
+            dist.recv(values, before, group=group)
+            wait()
+            total += time.perf_counter() - begin
+    return total / repeats
 
 
 def _nccl_network(log: Path) -> str | None:

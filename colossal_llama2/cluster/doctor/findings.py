@@ -7,10 +7,10 @@ left out.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from colossal_llama2.cluster.doctor.file_findings import paths_findings, save_folder_findings
-from colossal_llama2.cluster.doctor.finding import Finding, error, part_of
+from colossal_llama2.cluster.doctor.finding import Finding, error, part_of, warning
 from colossal_llama2.cluster.doctor.network_findings import interfaces_findings, port_findings, route_findings
 from colossal_llama2.cluster.doctor.software_findings import gpus_findings, software_findings
-from colossal_llama2.cluster.doctor.survey import Probe, Question, Reply
+from colossal_llama2.cluster.doctor.survey import REPORT_SECONDS, Probe, Question, Reply
 
 # Files and locks carry times of several hosts.
 ALLOWED_SKEW_SECONDS = 5.0
@@ -32,7 +32,7 @@ def all_findings(
     found = [finding for reply in replies for finding in _reachability(reply, question)]
     able = [reply for reply in replies if reply.report is not None and "missing" not in reply.report]
     checks: list[Callable[[], Iterator[Finding]]] = [
-        lambda: _unfinished_parts(able),
+        lambda: _unfinished_parts(able, question),
         lambda: _same_names(able),
         lambda: _shells(able, question),
         lambda: _clocks(able),
@@ -51,7 +51,9 @@ def all_findings(
 
 def _reachability(reply: Reply, question: Question) -> Iterator[Finding]:
     name, ssh, fabric = reply.host.name, reply.ssh_problem, reply.fabric_problem
-    if ssh and fabric:
+    if not reply.needs_ssh and (ssh or fabric):
+        yield warning(name, f"{ssh or fabric}; it is this host, so the launch itself does not need it")
+    elif ssh and fabric:
         # The two word the same trouble differently.
         yield error(name, ssh)
     elif ssh:
@@ -77,27 +79,35 @@ def _reachability(reply: Reply, question: Question) -> Iterator[Finding]:
         )
 
 
-def _unfinished_parts(able: Sequence[Reply]) -> Iterator[Finding]:
-    for reply in able:
-        report = reply.report or {}
-        for part, what in PARTS.items():
-            if part not in report:
-                yield error(
-                    reply.host.name, f"{what} did not end in time; check there for a file system that hangs (df)"
-                )
-            elif isinstance(report[part], dict) and "failed" in report[part]:
-                yield error(reply.host.name, f"{what} failed ({report[part]['failed']}); repeat it there by hand")
-
-
+# What a part of the report is about.
 PARTS = {
     "port": "the check of MASTER_PORT",
-    "host": "the check of the host",
+    "host": "the check of names and the login shell",
     "software": "the check of the packages",
     "gpus": "the check of the GPUs",
-    "paths": "reading model and data",
+    "paths": "comparing model and data",
     "save_folder": "the check of --save_dir",
     "network": "the check of the network",
 }
+# What only takes long does not prevent training: many files, or slow answers of DNS.
+MAY_BE_SLOW = ("host", "gpus", "paths", "network")
+
+
+def _unfinished_parts(able: Sequence[Reply], question: Question) -> Iterator[Finding]:
+    for reply in able:
+        report = reply.report or {}
+        for part, what in PARTS.items():
+            seconds = question.path_seconds if part == "paths" else REPORT_SECONDS
+            if part not in report and part in MAY_BE_SLOW:
+                cause = "the doctor without --quick takes more time" if part == "paths" else "look there for slow DNS"
+                yield warning(reply.host.name, f"{what} took more than {seconds:g} s and was left out; {cause}")
+            elif part not in report:
+                yield error(
+                    reply.host.name,
+                    f"{what} did not end within {seconds:g} s; check there for a file system that hangs (df)",
+                )
+            elif isinstance(report[part], dict) and "failed" in report[part]:
+                yield error(reply.host.name, f"{what} failed ({report[part]['failed']}); repeat it there by hand")
 
 
 def _same_names(able: Sequence[Reply]) -> Iterator[Finding]:

@@ -55,9 +55,11 @@ def report(request: dict) -> dict:
     for name, part in PARTS.items():
         threads.append(threading.Thread(target=_run, args=(name, part, request, parts), daemon=True))
         threads[-1].start()
-    end = time.monotonic() + request["seconds"]
-    for thread in threads:
-        thread.join(max(end - time.monotonic(), 0))
+    begin = time.monotonic()
+    for name, thread in zip(PARTS, threads, strict=True):
+        # Model and data may be many files.
+        seconds = request["path_seconds"] if name == "paths" else request["seconds"]
+        thread.join(max(begin + seconds - time.monotonic(), 0))
     return {**parts, "ended": time.time()}
 
 
@@ -160,7 +162,7 @@ def gpus(request: dict) -> dict:
     try:
         done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=GPU_SECONDS)
     except subprocess.TimeoutExpired:
-        return {"failed": f"nvidia-smi does not answer within {GPU_SECONDS:g} s"}
+        return {"slow": GPU_SECONDS}
     text = done.stdout.decode(errors="replace").strip()
     if done.returncode:
         lines = (text or done.stderr.decode(errors="replace").strip()).split("\n")
@@ -247,8 +249,15 @@ def _flock(path: Path, kind: int = fcntl.LOCK_EX) -> str:
 
 
 def _is_alive(owner: dict, lock: Path) -> bool | None:
-    """Whether a lock's process runs here and still has the lock; None if the lock is of another host."""
+    """Whether a lock's process runs here and still has the lock; None if it is of another host, or cannot be told.
+
+    A host that was started again, or a container, has the name of the lock's host, but other processes.
+    """
     if owner["host"] != socket.gethostname():
+        return None
+    flock = _flock(lock, fcntl.LOCK_SH) if lock.is_file() else "free"
+    is_elsewhere = owner.get("kernel") not in (None, _boot_id()) or owner.get("processes") not in (None, _namespace())
+    if is_elsewhere and flock not in ("free", "held"):
         return None
     try:
         os.kill(owner["pid"], 0)
@@ -257,7 +266,23 @@ def _is_alive(owner: dict, lock: Path) -> bool | None:
     except PermissionError:
         pass
     # Another process may have got its number since.
-    return not (lock.is_file() and _flock(lock, fcntl.LOCK_SH) == "free")
+    return flock != "free" or not lock.is_file()
+
+
+def _boot_id() -> str | None:
+    """As lock_record.kernel_id of train/run_folder/."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+
+
+def _namespace() -> str | None:
+    """As lock_record.process_namespace."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
 
 
 def network(request: dict) -> dict:
@@ -318,23 +343,35 @@ def port(request: dict) -> dict | None:
     asked = request["port"]
     if asked is None:
         return None
-    end = time.monotonic() + asked["seconds"]
+    begin, end = time.time(), time.monotonic() + asked["seconds"]
     if asked["callers"] is None:
-        return {"problem": _call(request["master"], asked["number"], asked["token"], end)}
+        problem = _call(request["master"], asked["number"], asked["token"], end)
+    else:
+        problem = _serve(asked["number"], asked["callers"], asked["token"], end)
+    return {"problem": problem, "from": begin, "until": time.time()}
+
+
+def _serve(number: int, callers: int, token: str, end: float) -> str | None:
+    """Answer as many callers, or until the time is over. Returns why the port cannot be used, or None."""
     try:
-        server = _listen(asked["number"])
+        server = _listen(number)
     except OSError as error:
         # Python's own text names the address as well.
-        return {"problem": os.strerror(error.errno or 0)}
+        return os.strerror(error.errno or 0)
+    answers = []
     with server:
-        for _ in range(asked["callers"]):
+        for _ in range(callers):
             server.settimeout(max(end - time.monotonic(), 0.01))
             try:
                 connection, _address = server.accept()
             except OSError:
                 break
-            threading.Thread(target=_answer, args=(connection, asked["token"]), daemon=True).start()
-    return {"problem": None}
+            answers.append(threading.Thread(target=_answer, args=(connection, token), daemon=True))
+            answers[-1].start()
+        # The process ends after this part, perhaps before the last caller has its answer.
+        for answer in answers:
+            answer.join()
+    return None
 
 
 def _listen(number: int) -> socket.socket:

@@ -6,6 +6,9 @@ from colossal_llama2.cluster.doctor.finding import GIB, Finding, error, part_of,
 from colossal_llama2.cluster.doctor.survey import Question, Reply
 from colossal_llama2.cluster.hostfile import is_loopback
 
+# A host that serves and one that calls must have done so at the same time, at least for so long.
+LEAST_SECONDS_TOGETHER = 1.0
+
 
 def route_findings(able: Sequence[Reply], replies: Sequence[Reply], variables: Mapping[str, str]) -> Iterator[Finding]:
     """Names of hosts that lead to the wrong address."""
@@ -113,9 +116,27 @@ def port_findings(able: Sequence[Reply], replies: Sequence[Reply], question: Que
     for reply in able[1:] if serving else ():
         problem, network = part_of(reply, "port").get("problem"), part_of(reply, "network")
         leads_elsewhere = network.get("master_problem") or any(map(is_loopback, network.get("master_addresses", ())))
-        if problem and not leads_elsewhere:
+        if not problem or leads_elsewhere:
+            continue
+        if _seconds_together(replies[0], reply) < LEAST_SECONDS_TOGETHER:
+            yield warning(
+                reply.host.name,
+                f"could not be asked to connect to {master} on MASTER_PORT={question.port}, since ssh takes long to "
+                "log in there or on that host; look for slow DNS (UseDNS no in sshd_config)",
+            )
+        else:
             yield error(
                 reply.host.name,
                 f"cannot connect to {master} on MASTER_PORT={question.port} ({problem}); open the ports between "
                 "the hosts in the firewall",
             )
+
+
+def _seconds_together(first: Reply, second: Reply) -> float:
+    """How long the first host served the port while the second tried to connect, by this host's clock."""
+    spans = []
+    for reply in (first, second):
+        checked = part_of(reply, "port")
+        ahead = (reply.report or {})["ended"] - reply.received
+        spans.append((checked["from"] - ahead, checked["until"] - ahead))
+    return min(until for _, until in spans) - max(begin for begin, _ in spans)

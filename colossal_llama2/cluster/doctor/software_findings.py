@@ -61,6 +61,13 @@ def _different_files(parts: Mapping[str, dict]) -> Iterator[Finding]:
 
 def gpus_findings(able: Sequence[Reply], per_host: int | None) -> Iterator[Finding]:
     """Too few GPUs, different ones, and GPUs in use."""
+    for reply in able:
+        if "slow" in part_of(reply, "gpus"):
+            yield warning(
+                reply.host.name,
+                f"nvidia-smi took more than {part_of(reply, 'gpus')['slow']:g} s; switch persistence mode on "
+                "(nvidia-smi -pm 1)",
+            )
     lists: dict[str, list] = {
         reply.host.name: part_of(reply, "gpus")["list"] for reply in able if "list" in part_of(reply, "gpus")
     }

@@ -1,6 +1,5 @@
 """Ask all hosts of a job for their reports, in parallel, over ssh and over the launcher's own library."""
 
-import concurrent.futures
 import fcntl
 import importlib.util
 import json
@@ -9,17 +8,19 @@ import secrets
 import shlex
 import socket
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from colossal_llama2.cluster.doctor import remote
 from colossal_llama2.cluster.doctor.host_report import MARK
 from colossal_llama2.cluster.doctor.remote import Answer
-from colossal_llama2.cluster.hostfile import Host
+from colossal_llama2.cluster.hostfile import SSH_PORT, Host, is_this_host
 
 REPORT_PROGRAM = "colossal_llama2.cluster.doctor.host_report"
 # For the parts of a report; the port of the first host is served as long.
@@ -32,6 +33,7 @@ LOGIN_SECONDS = 10.0
 # In --save_dir, see train/run_folder.
 LOCK_NAME = ".lock"
 HELLO = "colossal_llama2.hello"
+GREETING = f"echo {HELLO}\n"
 PASSED = ("PYTHONPATH", "PYTHONSAFEPATH")
 END = "END_OF_THE_PROGRAM"
 
@@ -46,6 +48,7 @@ class Question:
         scripts: files in `folder` that have to be the same everywhere.
         paths: files and folders that have to be the same everywhere, relative to `folder` or absolute.
         hash_bytes: files up to this size are compared by their contents, larger ones by size.
+        path_seconds: how long `paths` may be read.
         save_dir: the folder of the checkpoints.
         lock_owner: who has locked it: `host`, `pid`, `since`, `ending`.
         port: MASTER_PORT.
@@ -58,6 +61,7 @@ class Question:
     scripts: Sequence[str] = ()
     paths: Sequence[str] = ()
     hash_bytes: int = 0
+    path_seconds: float = REPORT_SECONDS
     save_dir: Path | None = None
     lock_owner: dict | None = None
     port: int | None = None
@@ -71,6 +75,7 @@ class Reply:
     Attributes:
         report: the host's report, None if there is none.
         problem: why there is no report, or None.
+        needs_ssh: False for this host, if the launcher starts processes here without ssh.
         ssh_problem, fabric_problem: why one of the two does not reach the host; None if it does or was not tried.
         sent, received: between which times of this host's clock the report was made.
     """
@@ -80,6 +85,7 @@ class Reply:
     problem: str | None = None
     ssh_problem: str | None = None
     fabric_problem: str | None = None
+    needs_ssh: bool = True
     sent: float = 0.0
     received: float = 0.0
 
@@ -122,17 +128,58 @@ def ask_all(hosts: Sequence[Host], question: Question, probe: Probe | None) -> l
     scripts = [_script(question, _request(question, probe, hosts, number, token)) for number in range(len(hosts))]
     # When the first host has stopped serving the port.
     late = _script(question, {**_request(question, probe, hosts, 0, token), "port": None})
-    seconds = REPORT_SECONDS + LOGIN_SECONDS + SECONDS_PER_HOST * len(hosts)
-    # Two per host, and none waits for another: the first host has to serve while the others call.
-    with concurrent.futures.ThreadPoolExecutor(2 * len(hosts)) as pool:
-        asked = [pool.submit(_ask, host, script, seconds) for host, script in zip(hosts, scripts, strict=True)]
-        greeted = [pool.submit(_greet, host) if uses_fabric and not fabric_missing else None for host in hosts]
-        replies = [future.result() for future in asked]
-        for reply, future in zip(replies, greeted, strict=True):
-            reply.fabric_problem = fabric_missing if future is None else future.result()
-            if reply.report is None and reply.ssh_problem and future is not None and not reply.fabric_problem:
-                _take_report(reply, remote.by_fabric(reply.host, late, seconds=seconds))
+    seconds = question.path_seconds + LOGIN_SECONDS + SECONDS_PER_HOST * len(hosts)
+    tasks: list[Callable[[], Any]] = [
+        partial(_ask, host, script, question.launcher, seconds) for host, script in zip(hosts, scripts, strict=True)
+    ]
+    if uses_fabric and not fabric_missing:
+        tasks += [partial(_greet, host) for host in hosts]
+    results = _together(tasks)
+    replies = results[: len(hosts)]
+    greetings = results[len(hosts) :] or [fabric_missing] * len(hosts)
+    for reply, greeting in zip(replies, greetings, strict=True):
+        reply.fabric_problem = greeting
+        if reply.report is None and reply.ssh_problem and uses_fabric and not greeting:
+            _take_report(reply, remote.by_fabric(reply.host, late, seconds=seconds))
     return replies
+
+
+def _together(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
+    """The results of all tasks, each of which runs in a thread: the first host has to serve while others call it.
+
+    The threads of an executor would delay the end of a process that is interrupted.
+    """
+    results: list[Any] = [None] * len(tasks)
+    failures: list[Exception] = []
+
+    def run(number: int) -> None:
+        try:
+            results[number] = tasks[number]()
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(len(tasks))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    return results
+
+
+def starts_without_ssh(name: str, launcher: str) -> bool:
+    """Whether a launcher starts the processes of a host without ssh, because it is this one.
+
+    For colossalai, as in its cli/launcher/hostinfo.py, which does not recognize every name of this host.
+    """
+    if launcher != "colossalai" or not is_this_host(name):
+        return is_this_host(name)
+    try:
+        own, target = socket.gethostname(), socket.getfqdn(name)
+        return socket.getaddrinfo(own, SSH_PORT) == socket.getaddrinfo(target, SSH_PORT)
+    except OSError:
+        return False
 
 
 def ask_here(question: Question, probe: Probe | None) -> Reply:
@@ -140,21 +187,28 @@ def ask_here(question: Question, probe: Probe | None) -> Reply:
     host = Host(socket.gethostname())
     script = _script(question, _request(question, probe, [host], 0, secrets.token_hex(8)))
     reply = Reply(host, sent=time.time())
-    _take_report(reply, remote.by_here(script, seconds=REPORT_SECONDS + LOGIN_SECONDS))
+    _take_report(reply, remote.by_here(script, seconds=question.path_seconds + LOGIN_SECONDS))
     return reply
 
 
-def _ask(host: Host, script: str, seconds: float) -> Reply:
-    reply = Reply(host, sent=time.time())
-    answer = remote.by_openssh(host, script, seconds=seconds)
-    if answer.output is None:
+def _ask(host: Host, script: str, launcher: str, seconds: float) -> Reply:
+    reply = Reply(host, sent=time.time(), needs_ssh=not starts_without_ssh(host.name, launcher))
+    if reply.needs_ssh:
+        answer = remote.by_openssh(host, script, seconds=seconds)
         reply.ssh_problem = answer.problem
+    else:
+        by_ssh = partial(remote.by_openssh, host, GREETING, seconds=LOGIN_SECONDS)
+        answer, greeting = _together([partial(remote.by_here, script, seconds=seconds), by_ssh])
+        reply.ssh_problem = _greeting_problem(greeting)
     _take_report(reply, answer)
     return reply
 
 
 def _greet(host: Host) -> str | None:
-    answer = remote.by_fabric(host, f"echo {HELLO}\n", seconds=LOGIN_SECONDS)
+    return _greeting_problem(remote.by_fabric(host, GREETING, seconds=LOGIN_SECONDS))
+
+
+def _greeting_problem(answer: Answer) -> str | None:
     if answer.output is None:
         return answer.problem
     return None if HELLO in answer.output else "runs no command; its login shell has to"
@@ -189,6 +243,7 @@ def _request(question: Question, probe: Probe | None, hosts: Sequence[Host], num
         port = {"number": question.port, "callers": callers, "token": token, "seconds": PORT_SECONDS + patience}
     return {
         "seconds": REPORT_SECONDS + patience,
+        "path_seconds": question.path_seconds,
         "path": question.path,
         "scripts": list(question.scripts),
         "paths": list(question.paths),

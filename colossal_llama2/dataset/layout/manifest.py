@@ -236,21 +236,24 @@ def read_manifest_of(part: str) -> dict[str, Any]:
     return content
 
 
-def check_parts_fit(parts: Sequence[str], *, stage: str, tokenizer_dir: str, flag: str = "--dataset") -> None:
+def check_parts_fit(parts: Sequence[str], *, stage: str, tokenizer_dir: str | None, flag: str = "--dataset") -> None:
     """Compare prepared folders with the model's tokenizer and with the command, as far as manifests record them.
 
     Warns about a folder of another stage, "pretrain" or "sft", which may be intended.
 
+    Args:
+        tokenizer_dir: None does not compare the tokenizer.
+
     Raises:
         UserError: a folder was prepared with another tokenizer.
     """
-    expected = fingerprint(tokenizer_dir)
+    expected = None if tokenizer_dir is None else fingerprint(tokenizer_dir)
     others, unknown = [], []
     for part in parts:
         manifest = read_manifest_of(part)
         if not manifest:
             unknown.append(part)
-        elif (found := manifest["tokenizer"].get("sha256")) != expected:
+        elif expected is not None and (found := manifest["tokenizer"].get("sha256")) != expected:
             raise UserError(
                 f"{flag} {part}: prepared with another tokenizer (SHA-256 {str(found)[:12]}) "
                 f"than that of {tokenizer_dir} ({expected[:12]}); prepare the data with --tokenizer_dir {tokenizer_dir}"

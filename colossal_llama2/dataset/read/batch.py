@@ -87,13 +87,9 @@ class Collator:
 
         ids = [np.asarray(row.values) for row in rows[INPUT_IDS]]
         labels = [np.asarray(row.values) for row in rows[LABELS]]
-        lengths = np.array([len(row) for row in ids])
-        width = min(-(-lengths.max() // self._multiple) * self._multiple, self._max_length)
-        padded_ids = np.full((len(ids), width), self._pad_token_id, dtype=np.int64)
-        padded_labels = np.full((len(ids), width), IGNORE_INDEX, dtype=np.int64)
-        for row, (row_ids, row_labels) in enumerate(zip(ids, labels, strict=True)):
-            padded_ids[row, : len(row_ids)] = row_ids
-            padded_labels[row, : len(row_labels)] = row_labels
+        lengths, width = self._lengths(ids)
+        padded_ids = _padded(ids, width, self._pad_token_id)
+        padded_labels = _padded(labels, width, IGNORE_INDEX)
         documents = None
         if DOCUMENT_LENGTHS in rows.column_names:
             documents = _document_numbers([np.asarray(row.values) for row in rows[DOCUMENT_LENGTHS]], width)
@@ -113,6 +109,33 @@ class Collator:
             groups=None if groups is None else torch.from_numpy(groups),
             group_counts=counts,
         )
+
+    def of_prompts(self, rows: Sequence[Sequence[int]]) -> Batch:
+        """A batch of token ids without labels, each row one document of at most `max_length` tokens."""
+        import torch
+
+        lengths, width = self._lengths(rows)
+        mask = np.arange(width) < lengths[:, None]
+        return Batch(
+            input_ids=torch.from_numpy(_padded(rows, width, self._pad_token_id)),
+            labels=torch.full((len(rows), width), IGNORE_INDEX),
+            attention_mask=None if mask.all() else torch.from_numpy(mask.astype(np.int64)),
+            lengths=torch.from_numpy(lengths),
+            predicted=0,
+        )
+
+    def _lengths(self, rows: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, int]:
+        """The (rows,) lengths, and the width that they are padded to."""
+        lengths = np.array([len(row) for row in rows])
+        return lengths, min(-(-lengths.max() // self._multiple) * self._multiple, self._max_length)
+
+
+def _padded(rows: Sequence[Sequence[int] | np.ndarray], width: int, value: int) -> np.ndarray:
+    """(rows, width) int64, padded on the right."""
+    padded = np.full((len(rows), width), value, dtype=np.int64)
+    for number, row in enumerate(rows):
+        padded[number, : len(row)] = row
+    return padded
 
 
 def _document_numbers(lengths: Sequence[np.ndarray], width: int) -> np.ndarray | None:

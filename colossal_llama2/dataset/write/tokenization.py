@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from colossal_llama2.chat.marks import NO_NAMES
 from colossal_llama2.corpus.category_names import NO_CATEGORY_SFT
 from colossal_llama2.corpus.conversation import (
     Conversation,
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 # Distinct texts of a batch that have more characters together are encoded to arrays. A usual batch has a quarter.
 BATCH_CHARACTERS = 4 << 20
 
-NO_NAMES: Mapping[int, str] = {}
 
 # Reasons why tokens of a record go into no sample.
 NO_ANSWER = "conversations without an answer"

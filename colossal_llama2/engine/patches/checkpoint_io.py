@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 OPTIMIZER_INDEX = "pytorch_optim.bin.index.json"
 UTILS = "colossalai.checkpoint_io.utils"
-# The size of a file of weights. PEFT reads an adapter from one file.
+# The size of a file of weights or of optimizer states. PEFT reads an adapter from one file.
 SHARD_MIB, ONE_SHARD = 4096, 2**40
 HYBRID = "colossalai.checkpoint_io.hybrid_parallel_checkpoint_io"
 
@@ -36,7 +36,25 @@ def write_object(value: Any, path: str | os.PathLike[str]) -> None:
 
     tensors: dict[str, Any] = {}
     structure = _encode(value, "", tensors)
-    save_file(tensors, str(path), metadata={"structure": json.dumps(structure)})
+    save_file(alone_in_memory(tensors), str(path), metadata={"structure": json.dumps(structure)})
+
+
+def alone_in_memory(tensors: dict[str, "torch.Tensor"]) -> dict[str, "torch.Tensor"]:
+    """The tensors in the host's memory, each in memory of its own, as safetensors requires.
+
+    A tensor is copied only if it is elsewhere, not contiguous, or shares its memory with others: a copy of each would
+    double the memory that a save needs.
+    """
+    taken: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        here = tensor.detach().cpu().contiguous()
+        memory = here.untyped_storage()
+        if memory.nbytes() > here.nbytes or memory.data_ptr() in taken:
+            here = here.clone()
+        taken.add(here.untyped_storage().data_ptr())
+        found[name] = here
+    return found
 
 
 def read_object(path: str | os.PathLike[str], *, step_as_tensor: bool = False) -> Any:
@@ -59,7 +77,7 @@ def _encode(value: Any, name: str, tensors: dict[str, Any]) -> Any:
     import torch
 
     if isinstance(value, torch.Tensor):
-        tensors[name] = value.detach().cpu().contiguous().clone()
+        tensors[name] = value
         return {"tensor": name}
     if isinstance(value, dict):
         # Pairs, since JSON would turn the integer keys of optimizer states into strings. Sorted, since a resume changes

@@ -25,13 +25,19 @@ def place_on_host() -> tuple[int, int]:
     return hosts[:rank].count(hosts[rank]), hosts.count(hosts[rank])
 
 
-def gather_values(value: Any) -> list[Any]:
-    """The JSON values of all ranks, in the order of the ranks. Called on all ranks."""
+def gather_values(value: Any, *, device: str | None = None) -> list[Any]:
+    """The JSON values of all ranks, in the order of the ranks. Called on all ranks.
+
+    Args:
+        device: that the process group exchanges tensors on; by default that of ColossalAI.
+    """
     import torch
     import torch.distributed as dist
-    from colossalai.accelerator import get_accelerator
 
-    device = get_accelerator().get_current_device()
+    if device is None:
+        from colossalai.accelerator import get_accelerator
+
+        device = get_accelerator().get_current_device()
     content = torch.frombuffer(bytearray(json.dumps(value).encode() or b" "), dtype=torch.uint8).to(device)
     sizes = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, torch.tensor(len(content), dtype=torch.int64, device=device))

@@ -11,7 +11,6 @@ import os
 import secrets
 import selectors
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from colossal_llama2.engine.ranks.meeting import HELLO, REFUSED, WELCOME, Line, 
 from colossal_llama2.engine.ranks.torchrun_store import Store, StoreError
 from colossal_llama2.errors import LaunchError, RankError, RunError, Stopped
 from colossal_llama2.launcher import RESTART_COUNT, Place, place
-from colossal_llama2.terminal_text import show_line
+from colossal_llama2.terminal_text import report_line
 
 # How long a rank whose network failed waits for the number of the dead rank, and how long a rank waits for its own
 # error after it was notified of another rank's.
@@ -243,7 +242,7 @@ class Watch:
     def _remind(self, text: str) -> None:
         if time.monotonic() > self._next_reminder:
             self._next_reminder = time.monotonic() + REMIND_SECONDS
-            show_line(f"{self._command}: rank {self._here.rank}: {text}", file=sys.stderr)
+            report_line(f"{self._command}: rank {self._here.rank}: {text}")
 
     # On ranks other than 0.
 
@@ -429,7 +428,7 @@ class Watch:
             what = what.partition(":")[0] if self.is_settled else what
             then = "earlier checkpoints are complete, continue with --resume auto"
             then = then if self.is_settled else "nothing was trained, start again"
-            show_line(f"{self._command}: error: rank {lost} on {self._hosts.get(lost)} {what}; {then}", file=sys.stderr)
+            report_line(f"{self._command}: error: rank {lost} on {self._hosts.get(lost)} {what}; {then}")
         self._before_end()
         os._exit(1)
 

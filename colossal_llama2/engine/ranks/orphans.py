@@ -3,22 +3,21 @@
 The parent's process ID is polled. Linux can send a signal instead (PR_SET_PDEATHSIG), but sends it when the *thread*
 that started the process ends, and a launcher may start processes from threads that end.
 
-Only the process that started this one counts. What started torchrun may end, such as a shell. `colossalai run` is an
-exception: it waits for its torchruns, each in a shell on its own host. If that shell is gone, or the connection through
-which it was started, nobody sees the run any more, and a restart would find it in its way.
+Only the process that started this one counts. What started torchrun may end, such as a shell, with one exception:
+`colossalai run` starts a torchrun on each host as the command of an ssh connection, and waits for it. If it or such a
+connection is gone, nobody sees the run any more, and a restart would find it in its way. nohup prevents this.
 """
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from colossal_llama2.launcher import BY_HAND, TORCHRUN_ID, place
-from colossal_llama2.terminal_text import show_line
+from colossal_llama2.launcher import BY_HAND, place
+from colossal_llama2.terminal_text import report_line
 
 LOOK_SECONDS = 0.5
 # Fields of /proc/PID/stat, counted from the one after the name.
@@ -28,10 +27,8 @@ MAX_DEPTH = 8
 ADOPTERS = ("systemd", "init")
 # Words in the command line of a possible launcher.
 LAUNCHERS = (b"python", b"torch", b"colossalai", b"slurm", b"mpi", b"prte", b"orted")
-# `colossalai run` gives this id to torchrun. Above its torchrun are shells, and then one of these: the server of the
-# connection on a remote host, its own process on the local one.
-COLOSSALAI_ID = "colossalai-default-job"
-SHELLS, STARTERS = ("bash", "sh", "dash", "zsh", "ksh", "csh", "tcsh", "fish", "env"), ("sshd", "colossalai", "python")
+SHELLS = ("bash", "sh", "dash", "zsh", "ksh", "csh", "tcsh", "fish")
+SSH_SERVER, COLOSSALAI = "sshd", "colossalai"
 
 
 def end_with_launcher(before: Callable[[], None] = lambda: None) -> None:
@@ -48,35 +45,50 @@ def end_with_launcher(before: Callable[[], None] = lambda: None) -> None:
 
 def _wait(before: Callable[[], None]) -> None:
     here = place()
-    shells = _shells_above(here.parent) if os.environ.get(TORCHRUN_ID) == COLOSSALAI_ID else []
+    starters = _starters_of(here.parent) if here.launcher == "torchrun" else []
     cause = None
     while cause is None:
         if os.getppid() != here.parent or _is_adopted(here.parent):
             cause = f"{here.launcher}, which started this process, was killed"
-        elif not all(_started_at(pid) == started for pid, started in shells):
-            cause = "the shell or connection of colossalai run on this host has ended"
+        elif any(_started_at(pid) != started for pid, started in starters):
+            cause = "what started torchrun on this host (colossalai run, or its ssh connection) has ended"
         else:
             time.sleep(LOOK_SECONDS)
     if here.local_rank == 0:
         # The log shows only warnings of rank 0, which may be on another host than the launcher that died.
-        show_line(f"warning: rank {here.rank}: {cause}: ending as on SIGTERM", file=sys.stderr)
+        report_line(f"warning: rank {here.rank}: {cause}: ending as on SIGTERM")
     before()
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _shells_above(pid: int) -> list[tuple[int, int | None]]:
-    """The shells above a process, up to what started them, each with its start time; none if that is something else."""
+def _starters_of(torchrun: int) -> list[tuple[int, int | None]]:
+    """The processes above a torchrun that is the command of `colossalai run` or of an ssh connection, with start times.
+
+    Empty for any other torchrun, such as one of an interactive shell, and for one that ignores SIGHUP (nohup).
+    """
     found: list[tuple[int, int | None]] = []
-    with suppress(OSError, ValueError, IndexError):
+    with suppress(OSError, ValueError, IndexError, StopIteration):
+        pid = torchrun
+        if _ignores_hangup(torchrun):
+            return []
         while len(found) < MAX_DEPTH:
             pid = int(_status_of(pid)[PARENT_FIELD])
-            name = Path("/proc", str(pid), "comm").read_text().strip()
+            entry = Path("/proc", str(pid))
+            name = entry.joinpath("comm").read_text().strip()
+            words = [os.path.basename(word.decode()) for word in entry.joinpath("cmdline").read_bytes().split(b"\0")]
             found.append((pid, _started_at(pid)))
-            if name.startswith(STARTERS):
+            if name.startswith(SSH_SERVER) or COLOSSALAI in words[:2]:
                 return found
-            if name not in SHELLS:
+            is_command = name in SHELLS and words[1].startswith("-") and words[1].endswith("c")
+            if not is_command:
                 return []
     return []
+
+
+def _ignores_hangup(pid: int) -> bool:
+    lines = Path("/proc", str(pid), "status").read_text().splitlines()
+    ignored = next(line for line in lines if line.startswith("SigIgn:"))
+    return bool(int(ignored.split()[1], 16) & 1 << (signal.SIGHUP - 1))
 
 
 def _status_of(pid: int) -> list[str]:

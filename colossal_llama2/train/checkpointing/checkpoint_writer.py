@@ -9,9 +9,12 @@
         manifest.json          every file with its bytes and sha256; written last
     <save_dir>/latest          the name of the checkpoint that was written last
 
-A checkpoint is written under a name that ends in .tmp, and renamed when all of it is on the disk.
+A checkpoint is written under a name that ends in .tmp, and renamed when all of it is on the disk. Each job uses another
+such name. So if a job was cut off and comes back, after another one has taken over and has removed what it left, there
+is nothing that it could rename.
 """
 
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -106,6 +109,7 @@ class CheckpointWriter:
             expected_bytes: size of a checkpoint, as far as it is known before the first is written.
         """
         self._engine, self._folder, self._content = engine, folder, content
+        self._partial_suffix = partial_suffix()
         self._expected_bytes, self._expected_files = expected_bytes, LEAST_FILES + engine.world_size
         # Read now: the checkpoint that the run resumed may be removed or moved during the run.
         self._model_files: dict[str, bytes] = {}
@@ -135,7 +139,7 @@ class CheckpointWriter:
             RunError: on all ranks, if one of them cannot write; then nothing of it is left.
         """
         final = self._folder.checkpoint(epoch=state.epoch, step=state.step)
-        partial = final.with_name(final.name + PARTIAL_SUFFIX)
+        partial = final.with_name(final.name + self._partial_suffix)
         self.check_room()
         try:
             self._write_parts(state, partial)
@@ -159,7 +163,7 @@ class CheckpointWriter:
         self.check_room()
         final = self._folder.checkpoint(epoch=state.epoch, step=state.step)
         # Names that a later run removes, if this one dies here.
-        partial, aside = (final.with_name(final.name + suffix) for suffix in (PARTIAL_SUFFIX, OLD_SUFFIX))
+        partial, aside = (final.with_name(final.name + suffix) for suffix in (self._partial_suffix, OLD_SUFFIX))
         try:
             self._make_folders(partial)
             # Every rank writes files of its own, perhaps from another host.
@@ -238,6 +242,11 @@ class CheckpointWriter:
                 self._folder.check_held()
                 checkpoint_files.publish_checkpoint(partial, final)
         self._expected_bytes, self._expected_files = sum(sizes.values()), len(sizes) + OTHER_FILES
+
+
+def partial_suffix() -> str:
+    """What follows the name of a checkpoint while this job writes it. Called on all ranks."""
+    return f".{collectives.first_rank_value(secrets.token_hex(4))}{PARTIAL_SUFFIX}"
 
 
 def checkpoint_bytes(model: ModelFacts, settings: EngineSettings) -> int:

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from colossal_llama2 import logs
+from colossal_llama2.chat.folder_chat import colossal_template_of
 from colossal_llama2.chat.templates import template_of_folder
-from colossal_llama2.corpus.conversation import chat_template
 from colossal_llama2.dataset.layout.chat_data import ChatData
 from colossal_llama2.encoding.file_names import CONFIG_FILE as TOKENIZER_CONFIG
 from colossal_llama2.encoding.file_names import TEMPLATE_FILE, TEMPLATE_JSON_FILE, TEMPLATES_FOLDER
-from colossal_llama2.encoding.registry import kind_of, puts_prefix_after_marks, shared_encoder
+from colossal_llama2.encoding.registry import kind_of
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.adapter_files import adapter_files
 from colossal_llama2.model.exported_configs import ModelConfigs, accepted_generation
@@ -73,7 +73,8 @@ def files_of_adapter(trainable: Trainable, source: ModelSource, base: Weights) -
 
 def _replace_template(files: dict[str, bytes], chat: ChatData, tokenizer_path: str) -> list[str]:
     """Make `chat` the only template among a tokenizer's files, as transformers 5 saves it. Returns what was changed."""
-    text = _colossal_template(tokenizer_path) if chat.text is None else chat.text
+    # Early versions prepared data that records none.
+    text = colossal_template_of(tokenizer_path) if chat.text is None else chat.text
     own = template_of_folder(tokenizer_path)
     for name in list(files):
         if name == TEMPLATE_JSON_FILE or Path(name).parts[0] == TEMPLATES_FOLDER:
@@ -87,16 +88,6 @@ def _replace_template(files: dict[str, bytes], chat: ChatData, tokenizer_path: s
         return []
     instead = f", in place of that of {own[1]}" if own else ""
     return [f"{TEMPLATE_FILE} is the template of the data, {chat.name}{instead}"]
-
-
-def _colossal_template(tokenizer_path: str) -> str:
-    """The template of data that records none, as early versions prepared it."""
-    encoder = shared_encoder(tokenizer_path)
-    return chat_template(
-        has_dummy_prefix=encoder.has_dummy_prefix,
-        has_bos=encoder.bos_id >= 0,
-        prefix_after_marks=puts_prefix_after_marks(tokenizer_path),
-    )
 
 
 def json_bytes(content: Any, what: str) -> bytes:

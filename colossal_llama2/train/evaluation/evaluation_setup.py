@@ -5,6 +5,7 @@ from colossal_llama2.dataset.read.prepared_data import check_lengths, dataset_fi
 from colossal_llama2.engine.engine import Engine
 from colossal_llama2.train.checkpointing.evaluation_history import EvaluationHistory
 from colossal_llama2.train.checkpointing.resuming import Start
+from colossal_llama2.train.evaluation.answers import Answerer, EvalPrompt
 from colossal_llama2.train.evaluation.evaluator import Alarm, Evaluator, LoadedSet, SilentEvaluator
 from colossal_llama2.train.settings.collating import make_collator
 from colossal_llama2.train.settings.config import TrainConfig
@@ -35,24 +36,37 @@ def make_evaluator(
     config: TrainConfig,
     engine: Engine,
     sets: list[LoadedSet],
+    prompts: list[EvalPrompt],
     history: EvaluationHistory,
     *,
     eval_pending: bool,
     reporter: SilentReporter,
     stop: NoSignals,
 ) -> SilentEvaluator:
-    """What evaluates the model on --eval_dataset while it trains.
+    """What evaluates the model on --eval_dataset, and answers --eval_prompts, while it trains.
 
     Args:
         eval_pending: run the evaluation that a signal interrupted after the step at which the run begins.
     """
     if not sets:
         return SilentEvaluator()
-    settings = config.evaluation
+    settings, collator = config.evaluation, make_collator(config, keeps_apart=config.data.document_mask != "off")
+    answerer = None
+    if prompts:
+        answerer = Answerer(
+            engine,
+            prompts,
+            collator,
+            most_tokens=settings.prompt_tokens,
+            turn_ends=config.chat.turn_ends if config.chat else (),
+            tokenizer_dir=config.source.tokenizer,
+            stop=stop,
+        )
     return Evaluator(
         engine,
         sets,
-        make_collator(config, keeps_apart=config.data.document_mask != "off"),
+        collator,
+        answerer=answerer,
         interval=settings.interval,
         reporter=reporter,
         history=history,

@@ -23,9 +23,11 @@ from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
 from colossal_llama2.dataset.read.batch import Batch, Collator
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.model.neftune import NoNoise
+from colossal_llama2.plurals import counted
 from colossal_llama2.train.checkpointing.evaluation_history import EvaluationHistory, Figures
+from colossal_llama2.train.evaluation.answers import Answer, Answerer, as_record
 from colossal_llama2.train.stepping.pipeline import pipeline_loss
-from colossal_llama2.train.stepping.silent_reporter import SilentWriter
+from colossal_llama2.train.stepping.silent_reporter import SilentReporter
 from colossal_llama2.train.stepping.state import TrainState
 from colossal_llama2.train.stepping.step import weighted_loss
 from colossal_llama2.train.stepping.stopping import NoSignals, agreed_signal
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
     import datasets
 
     from colossal_llama2.engine.engine import Engine
+
+# Of a prompt and of an answer in the log; train_log.jsonl has all of them.
+LOGGED_CHARACTERS = 60
 
 
 @dataclass(frozen=True)
@@ -91,22 +96,24 @@ class Evaluator(SilentEvaluator):
         sets: Sequence[LoadedSet],
         collator: Collator,
         *,
+        answerer: Answerer | None,
         interval: int | None,
         alarm: Alarm,
-        reporter: SilentWriter,
+        reporter: SilentReporter,
         history: EvaluationHistory,
         stop: NoSignals,
         eval_pending: bool = False,
     ):
         """
         Args:
+            answerer: answers --eval_prompts when the sets are evaluated; None without any.
             interval: in optimizer steps; None evaluates only at the ends of epochs, which is done in any case.
             history: the evaluations so far; each one is added to it.
             eval_pending: evaluate again at the step at which the run begins, since a signal interrupted that.
         """
         self._engine, self._sets, self._collator, self._interval = engine, sets, collator, interval
         self._alarm, self._reporter, self._history = alarm, reporter, history
-        self._stop, self._eval_pending = stop, eval_pending
+        self._answerer, self._stop, self._eval_pending = answerer, stop, eval_pending
         self._alarmed: list[str] = []
 
     def before_training(self, state: TrainState, *, run_ends: bool, save_now: Callable[[TrainState], Any]) -> None:
@@ -156,9 +163,17 @@ class Evaluator(SilentEvaluator):
                 raise UserError(f"--eval_dataset {name}: none of its tokens is predicted; give other data")
             figures[name] = figures_of(nats, predicted, eval_set.target_bytes)
             self._log(step, name, figures[name], time.monotonic() - start)
+        start = time.monotonic()
+        answers = [] if self._answerer is None else self._answerer.answer()
+        if answers is None:
+            self._interrupt(step)
+            return None
         self._history.add(step, figures)
         named = {f"Evaluation/{name}/{key}": v for name, values in figures.items() for key, v in values.items()}
         self._reporter.write(step, named)
+        if answers:
+            self._log_answers(step, answers, time.monotonic() - start)
+            self._reporter.answers(step, as_record(answers))
         return figures
 
     def _interrupt(self, step: int) -> None:
@@ -182,6 +197,12 @@ class Evaluator(SilentEvaluator):
             seconds,
         )
 
+    def _log_answers(self, step: int, answers: Sequence[Answer], seconds: float) -> None:
+        for answer in answers:
+            prompt, text = (_shortened(value) for value in (answer.prompt, answer.text))
+            logs.get_logger().info("step %d: prompt %r, answer %r", step, prompt, text)
+        logs.get_logger().info("step %d: %s answered (%.1f s)", step, counted(len(answers), "prompt"), seconds)
+
     def _risen(self, figures: Figures) -> dict[str, str]:
         """The sets whose figure has risen beyond its limit, each with a sentence for the user."""
         risen = {}
@@ -195,6 +216,10 @@ class Evaluator(SilentEvaluator):
                     f"to {now:.4f}, by {now / first - 1 if first else math.inf:+.1%}"
                 )
         return risen
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LOGGED_CHARACTERS else text[: LOGGED_CHARACTERS - 3] + "..."
 
 
 def figures_of(nats: float, predicted: int, target_bytes: int | None) -> dict[str, float]:

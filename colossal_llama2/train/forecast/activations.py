@@ -8,7 +8,8 @@ keeps four matrices instead of two and a half, its norms compute in float32, and
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from colossal_llama2.engine.chunked_loss import BLOCKS
 from colossal_llama2.model.lora import LoraShape
@@ -33,8 +34,8 @@ class ModelShape:
     ties_embeddings: bool
 
     @classmethod
-    def of(cls, config: "LlamaConfig") -> "ModelShape":
-        """The shape of a transformers LlamaConfig."""
+    def of(cls, config: "LlamaConfig | SimpleNamespace") -> "ModelShape":
+        """The shape of a transformers LlamaConfig, or of another object with its attributes."""
         heads = config.num_attention_heads
         return cls(
             hidden_size=config.hidden_size,
@@ -46,6 +47,11 @@ class ModelShape:
             vocab_size=config.vocab_size,
             ties_embeddings=config.tie_word_embeddings,
         )
+
+    @classmethod
+    def of_fields(cls, fields: dict[str, Any]) -> "ModelShape":
+        """The shape of the fields of a config.json, as `read_fields` returns them."""
+        return cls.of(SimpleNamespace(**fields))
 
 
 @dataclass(frozen=True)

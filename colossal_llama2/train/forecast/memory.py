@@ -10,6 +10,7 @@ loading and saving.
 """
 
 import bisect
+import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -74,6 +75,13 @@ class Plan:
         """Number of ranks over which ZeRO and Gemini shard: those that hold the same weights."""
         return self.data_ranks * (self.settings.sp_size if self.settings.sp_mode == "all_to_all" else 1)
 
+    @property
+    def passes(self) -> int:
+        """Backward passes of a step, whose gradients are added; a pipeline has one for each microbatch."""
+        settings = self.settings
+        parts = settings.micro_batch_size // settings.microbatch_size if settings.pp_size > 1 else 1
+        return parts * settings.accumulation_steps
+
     def micro_batch(self) -> MicroBatch:
         """The micro batch of a rank."""
         settings = self.settings
@@ -126,6 +134,21 @@ def rank_memory(shape: ModelShape, plan: Plan) -> RankMemory:
     return max(stages, key=lambda memory: memory.peak)
 
 
+def loss_memory(shape: ModelShape, plan: Plan) -> int:
+    """The bytes of device memory at the end of forward: a lower bound of `rank_memory`'s peak, computed much faster."""
+    most = 0
+    for number, stage in enumerate(stage_shapes(shape, plan.settings)):
+        keeper = _keeper(stage, plan)
+        placed = _placed({"loss": _loss_parts(stage, plan, keeper, number)}, keeper.constant(), plan)
+        most = max(most, sum(placed.device["loss"].values()))
+    return most
+
+
+def constant_memory(shape: ModelShape, plan: Plan) -> dict[str, int]:
+    """The bytes that the first stage holds from the first update on, by part, on its device and on the host."""
+    return _keeper(stage_shapes(shape, plan.settings)[0], plan).constant()
+
+
 def stage_shapes(shape: ModelShape, settings: EngineSettings) -> list[StageShape]:
     """The parts of a model that the stages of a pipeline hold; a single one without a pipeline.
 
@@ -149,20 +172,32 @@ def stage_shapes(shape: ModelShape, settings: EngineSettings) -> list[StageShape
 def _stage_memory(stage: StageShape, plan: Plan, number: int) -> RankMemory:
     batch = plan.micro_batch()
     keeper = _keeper(stage, plan)
-    kept = activations.kept_bytes(stage, batch)
-    # One forward, one backward: a stage holds the batches of all that come after it.
-    flights = 1
-    if plan.settings.pp_size > 1:
-        parts = plan.settings.micro_batch_size // plan.settings.microbatch_size * plan.settings.accumulation_steps
-        flights = min(plan.settings.pp_size - number, parts)
-    others = (flights - 1) * kept
-    loss_forward, _ = activations.loss_bytes(stage, batch)
-    device = {"loss": {"activations": kept + others, "logits": loss_forward, **keeper.forward()}}
+    others = _other_batches(stage, plan, number)
+    device = {"loss": _loss_parts(stage, plan, keeper, number)}
     device["backward"] = max(_backward(stage, batch, keeper, others), key=lambda parts: sum(parts.values()))
     device["update"] = {"activations": 0, "logits": 0, **keeper.update()}
     placed = _placed(device, keeper.constant(), plan)
     placed.host.update(keeper.host())
     return placed
+
+
+def _loss_parts(stage: StageShape, plan: Plan, keeper: "_Keeper", number: int) -> dict[str, int]:
+    """The parts that change, at the end of forward."""
+    batch = plan.micro_batch()
+    kept = activations.kept_bytes(stage, batch)
+    loss_forward, _ = activations.loss_bytes(stage, batch)
+    return {"activations": kept + _other_batches(stage, plan, number), "logits": loss_forward, **keeper.forward()}
+
+
+def _other_batches(stage: StageShape, plan: Plan, number: int) -> int:
+    """Bytes of the batches that a pipeline's stage holds besides the one that it computes.
+
+    One forward, one backward: a stage holds the batches of all that come after it.
+    """
+    if plan.settings.pp_size == 1:
+        return 0
+    flights = min(plan.settings.pp_size - number, plan.passes)
+    return (flights - 1) * activations.kept_bytes(stage, plan.micro_batch())
 
 
 def _backward(stage: StageShape, batch: MicroBatch, keeper: "_Keeper", others: int) -> Iterator[dict[str, int]]:
@@ -224,7 +259,7 @@ class _Keeper:
         self.trained = sum(size for _, size in self.weights)
         self.largest = max((size for _, size in self.weights), default=0)
         # Gradients of earlier micro batches, to which those of the last one are added.
-        self.earlier = self.trained * self.element if plan.settings.accumulation_steps > 1 else 0
+        self.earlier = self.trained * self.element if plan.passes > 1 else 0
         self.gradients = self.earlier
         # DistributedDataParallel copies all gradients into its buckets, since the plugin leaves gradient_as_bucket_view
         # off (booster/plugin/hybrid_parallel_plugin.py:1028), and reduces them there.
@@ -403,7 +438,7 @@ class _GeminiKeeper(_Keeper):
         # As in train/checks.py.
         split = self.all if plan.settings.trainable.adapter is None else self.trained
         arguments = plan.plugin.arguments(parameters=split, on_cpu=plan.on_cpu)
-        self.chunks = chunk_sizes(sizes, minimum_m=arguments["min_chunk_size_m"], shards=self.shards)
+        self.chunks = chunk_sizes(tuple(sizes), minimum_m=arguments["min_chunk_size_m"], shards=self.shards)
         places = _places(sizes, self.chunks)
         # Backward uses the weights of a name from the last one on.
         self.waiting: dict[str, list[int]] = {}
@@ -484,7 +519,8 @@ class _GeminiKeeper(_Keeper):
         return {"gradients": copies, "buffers": 2 * FLOAT32 * largest}
 
 
-def chunk_sizes(sizes: Sequence[int], *, minimum_m: float, shards: int) -> list[int]:
+@functools.lru_cache(maxsize=32)
+def chunk_sizes(sizes: tuple[int, ...], *, minimum_m: float, shards: int) -> tuple[int, ...]:
     """Elements of each of Gemini's chunks for weights of these sizes, padding included.
 
     The size with the least waste between `minimum_m` x 2**20 and twice that, or from the largest weight that is not an
@@ -492,16 +528,26 @@ def chunk_sizes(sizes: Sequence[int], *, minimum_m: float, shards: int) -> list[
     """
     minimum = round(minimum_m * 2**20)
     if sum(sizes) < minimum:
-        return [sum(sizes)]
+        return (sum(sizes),)
     mean = sum(sizes) / len(sizes)
     limit = mean + 3 * math.sqrt(sum((size - mean) ** 2 for size in sizes) / len(sizes))
     usual = [size for size in sizes if size <= limit]
     start = math.ceil(max(minimum, *usual) / CHUNK_INTERVAL) * CHUNK_INTERVAL
     ends = list(accumulate(usual))
-    candidates = range(start, start + minimum + 1, CHUNK_INTERVAL)
-    best = min(candidates, key=lambda size: (_chunks_needed(ends, size) * size, size))
+    best = _least_waste(range(start, start + minimum + 1, CHUNK_INTERVAL), ends)
     best += -best % shards
-    return [size if size > best else best for size in _own_sizes(sizes, best, shards)]
+    return tuple(size if size > best else best for size in _own_sizes(sizes, best, shards))
+
+
+def _least_waste(candidates: range, ends: Sequence[int]) -> int:
+    """The smallest size whose chunks together have the fewest elements."""
+    best, place = (math.inf, 0), 0
+    while place < len(candidates):
+        count = _chunks_needed(ends, candidates[place])
+        best = min(best, (count * candidates[place], candidates[place]))
+        # Larger chunks are never more, and of those that are as many the first have the fewest elements.
+        place = bisect.bisect_right(candidates, -count, lo=place, key=lambda size: -_chunks_needed(ends, size))
+    return int(best[1])
 
 
 def _chunks_needed(ends: Sequence[int], size: int) -> int:

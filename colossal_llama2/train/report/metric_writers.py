@@ -41,6 +41,25 @@ class TensorBoardWriter(SilentWriter):
         values = [self._summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
         self._add(step=step, summary=self._summary(value=values))
 
+    def write_texts(self, step: int, texts: dict[str, str]) -> None:
+        from tensorboard.compat.proto.summary_pb2 import SummaryMetadata
+        from tensorboard.compat.proto.tensor_pb2 import TensorProto
+        from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+        from tensorboard.plugins.text.plugin_data_pb2 import TextPluginData
+
+        content = TextPluginData(version=0).SerializeToString()
+        metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text", content=content))
+        shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
+        values = [
+            self._summary.Value(
+                tag=name,
+                metadata=metadata,
+                tensor=TensorProto(dtype="DT_STRING", string_val=[text.encode()], tensor_shape=shape),
+            )
+            for name, text in texts.items()
+        ]
+        self._add(step=step, summary=self._summary(value=values))
+
     def _add(self, **content: Any) -> None:
         # TensorBoard reads nothing after an incomplete event.
         if self._has_failed:
@@ -74,6 +93,10 @@ class SeveralWriters(SilentWriter):
     def write(self, step: int, figures: dict[str, float]) -> None:
         for writer in self._writers:
             writer.write(step, figures)
+
+    def write_texts(self, step: int, texts: dict[str, str]) -> None:
+        for writer in self._writers:
+            writer.write_texts(step, texts)
 
     def begin_close(self) -> None:
         for writer in self._writers:

@@ -15,11 +15,11 @@ from colossal_llama2.cli.dependent_flags import is_on_card
 from colossal_llama2.corpus.category_names import category_name
 from colossal_llama2.dataset.read.loss_groups import Amount
 from colossal_llama2.dataset.read.token_counts import SourceRead
+from colossal_llama2.markdown import Markup, code, front_matter, plain, table
 from colossal_llama2.model.training_history import is_name, name_of, named_by_card, read_history
 from colossal_llama2.plurals import counted
 from colossal_llama2.storage import json_input
 from colossal_llama2.terminal_text import one_line
-from colossal_llama2.train.report.markdown import code, front_matter, plain, table
 from colossal_llama2.train.run_folder.file_names import CARD_NAME, MODEL_NAME, STATES_NAME
 
 # Two-letter codes of ISO 639-1, by which hubs sort models.
@@ -42,6 +42,8 @@ MAX_SOURCES = 8
 # Most steps from a checkpoint of an earlier version back to the --pretrained of its run.
 MAX_FOLLOWED = 16
 NOT_RECORDED = "not recorded"
+# Of an answer; train_log.jsonl has all of them.
+ANSWER_CHARACTERS = 300
 LOSSES = ("first_loss", "final_loss")
 
 
@@ -70,6 +72,7 @@ def render(
         read: samples and tokens that the run read from each of them.
         stages: those of training_history.json, this run last; the rest of the card is about this run alone.
     """
+    records = list(records)
     losses, evaluations = curves(records)
     of_last = " of the last stage" if len(stages) > 1 else ""
     settings_rows = [[code(f"--{name}"), _cell(value)] for name, value in card_settings(settings).items()]
@@ -86,6 +89,7 @@ def render(
         _how(settings, tokens_seen, losses, skipped_steps, of_last),
         _data(amounts, read, settings, of_last),
         _evaluation(evaluations, of_last),
+        _answers(records, of_last),
         f"## Settings{of_last}\n\n" + table(["flag", "value"], settings_rows),
         f"## Software{of_last}\n\n" + table(["package", "version"], versions),
     ]
@@ -301,6 +305,28 @@ def _evaluation(evaluations: dict[str, dict[int, dict[str, float]]], of_last: st
             rows.append([data, f"{step:,}", *(_figure(found[step].get(name)) for name in names)])
     columns = ["data", "after step", *(name.replace("_", " ") for name in names)]
     return f"## Evaluation{of_last}\n\n" + table(columns, rows)
+
+
+def _answers(records: Sequence[dict[str, Any]], of_last: str) -> str:
+    """The first and the last answers to each of --eval_prompts."""
+    found = {record["step"]: record["answers"] for record in records if record.get("answers")}
+    if not found:
+        return ""
+    rows: dict[str, dict[int, Markup]] = {}
+    steps = sorted({min(found), max(found)})
+    for step in steps:
+        for answer in found[step]:
+            rows.setdefault(answer["prompt"], {})[step] = _answer(answer)
+    columns = ["prompt", *(f"answer after step {step:,}" for step in steps)]
+    cells = [[prompt, *(answers.get(step, "") for step in steps)] for prompt, answers in rows.items()]
+    text = "Fixed prompts, answered greedily. An answer that ends with ... was cut."
+    return f"## Answers{of_last}\n\n{text}\n\n" + table(columns, cells)
+
+
+def _answer(answer: dict[str, Any]) -> Markup:
+    text = answer["answer"]
+    is_cut = answer["is_cut"] or len(text) > ANSWER_CHARACTERS
+    return Markup(plain(text[:ANSWER_CHARACTERS]) + (" ..." if is_cut else ""))
 
 
 def card_settings(settings: dict[str, Any]) -> dict[str, Any]:

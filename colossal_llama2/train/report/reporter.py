@@ -7,7 +7,7 @@ times of a GPU are read one step later, when it has reached the events that mark
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from colossal_llama2 import logs
 from colossal_llama2.corpus.category_names import category_name
 from colossal_llama2.dataset.read.loss_groups import MAX_GROUPS, Amount, Groups, by_name
 from colossal_llama2.engine.device import flops_per_token, known_peak, peak_memory
+from colossal_llama2.markdown import plain
 from colossal_llama2.model.config_fields import llama_config
 from colossal_llama2.tracker_names import TENSORBOARD
 from colossal_llama2.train.report import train_log
@@ -141,6 +142,11 @@ class Reporter(SilentReporter):
         self._log.write(evaluation_record(step, figures))
         self._writer.write(step, figures)
 
+    def answers(self, step: int, answers: Sequence[Mapping[str, Any]]) -> None:
+        self._settle_all()
+        self._log.write({"step": step, "answers": answers})
+        self._writer.write_texts(step, {f"Answers/{n:02}": answer_text(a) for n, a in enumerate(answers, start=1)})
+
     def before_save(self) -> None:
         self._settle_all()
         self._log.sync()
@@ -155,6 +161,12 @@ class Reporter(SilentReporter):
             self._settle_all()
         self._log.close()
         self._writer.begin_close()
+
+
+def answer_text(answer: Mapping[str, Any]) -> str:
+    """An answer to one of --eval_prompts in Markdown, with its prompt."""
+    cut = " ..." if answer["is_cut"] else ""
+    return f"**{plain(answer['prompt'])}**\n\n{plain(answer['answer'])}{cut}"
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:

@@ -38,7 +38,7 @@ def describe_run(config: TrainConfig, ranks: Ranks, order: SampleOrder, base_mod
         num_samples=order.num_samples,
         dataset_fingerprints=dataset_fingerprints(data.paths),
         **data.facts(),
-        tokenizer=fingerprint(source.tokenizer),
+        tokenizer=fingerprint(source.tokenizer) if config.has_tokenizer else "",
         pretrained_tokenizer=fingerprint(source.pretrained) if has_tokenizer(source.pretrained) else None,
         model_shape=model_shape(source.pretrained_folder),
         seed=order.seed,

@@ -198,7 +198,8 @@ def remove_leftovers(save_dir: Path) -> None:
     for path in sorted(save_dir.iterdir()) if save_dir.is_dir() else ():
         if not LEFTOVER_NAME.fullmatch(path.name):
             continue
-        original = path.with_suffix("")
+        checkpoint = CHECKPOINT_NAME.match(path.name)
+        original = path.with_name(checkpoint[0]) if checkpoint else path.with_suffix("")
         if _is_replaced(path) and not os.path.lexists(original):
             path.rename(original)
             logs.get_logger().info("An earlier run died while it replaced %s; the old content is restored", original)

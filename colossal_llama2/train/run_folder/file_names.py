@@ -29,5 +29,6 @@ OLD_SUFFIX = ".old"
 _FILES = "|".join(map(re.escape, FILE_NAMES))
 # What a run that died may leave; the next run in the folder removes it.
 LEFTOVER_NAME = re.compile(
-    rf"(epoch-\d+_step-\d+|{MODEL_NAME}|{_FILES})\.(tmp|old)|\.({_FILES})\.[0-9a-f]{{8}}\.tmp|\.token-[0-9a-f]{{8}}"
+    rf"(epoch-\d+_step-\d+(\.[0-9a-f]{{8}})?|{MODEL_NAME}|{_FILES})\.(tmp|old)|"
+    rf"\.({_FILES})\.[0-9a-f]{{8}}\.tmp|\.token-[0-9a-f]{{8}}"
 )

@@ -11,6 +11,7 @@ from colossal_llama2.dataset.layout.chat_data import ChatData
 from colossal_llama2.dataset.read.eval_sets import EvalSet
 from colossal_llama2.dataset.read.sources import Data
 from colossal_llama2.engine.settings import EngineSettings
+from colossal_llama2.inference.prompt_file import FilePrompt
 from colossal_llama2.train.run_folder.run_folder import RunFolder
 from colossal_llama2.train.settings.model_source import ModelSource, check_adapter
 
@@ -85,12 +86,16 @@ class EvaluationConfig:
         interval: optimizer steps between two evaluations; None for only the ends of epochs.
         limits: name of a set -> share of the first value by which its figure may rise (--forgetting_alarm).
         stops: end the run when a figure has risen further, instead of a warning.
+        prompts: those of --eval_prompts, which are answered at each evaluation.
+        prompt_tokens: of an answer, at most.
     """
 
     sets: Sequence[EvalSet]
     interval: int | None
     limits: Mapping[str, float]
     stops: bool
+    prompts: Sequence[FilePrompt]
+    prompt_tokens: int
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,7 @@ class TrainConfig:
         world_size: number of processes of the job, or of the one that a dry run plans for.
         planned_ranks: the number that --num_ranks gives; None without the flag.
         timeout_seconds: how long ranks wait for each other.
+        has_tokenizer: False only in a dry run for a model without a tokenizer, which then is compared with nothing.
     """
 
     flags: Mapping[str, Any]
@@ -146,6 +152,7 @@ class TrainConfig:
     planned_ranks: int | None
     timeout_seconds: float
     chat: ChatData | None = None
+    has_tokenizer: bool = True
 
     def with_source(self, source: ModelSource) -> "TrainConfig":
         """The same settings for other weights.

@@ -5,9 +5,10 @@ from collections import Counter
 
 from colossal_llama2 import tracker_names
 from colossal_llama2.cli.dependent_flags import unused_flags
+from colossal_llama2.cli.train_flags import train_parser, train_sft_parser
 from colossal_llama2.dataset.read.order import SampleOrder
 from colossal_llama2.engine.settings import EngineSettings
-from colossal_llama2.engine.settings_problems import settings_problems
+from colossal_llama2.engine.settings_problems import length_problems, settings_problems
 from colossal_llama2.errors import UserError
 from colossal_llama2.plurals import counted
 from colossal_llama2.storage.files import check_is_utf8
@@ -15,6 +16,13 @@ from colossal_llama2.storage.files import check_is_utf8
 # Steps of --benchmark that are not timed: the first allocate, tune kernels and fill caches, and the profiler slows down
 # the last.
 WARMUP_STEPS, PROFILED_STEPS = 3, 2
+_ROWS_AND_EMBEDDINGS = (
+    "--train_new_rows_only trains new rows of the embeddings, --freeze_non_embeds_params all of their rows; "
+    "give one of them"
+)
+_ADAPTER_AND_EMBEDDINGS = (
+    "--lora_rank trains an adapter of the layers, --freeze_non_embeds_params nothing of them; give one of them"
+)
 
 
 def flag_problems(
@@ -30,17 +38,11 @@ def flag_problems(
     problems = unused_flags(given)
     problems += settings_problems(settings, world_size=world_size)
     problems += _dry_run_problems(args) + _benchmark_problems(args, settings, world_size) + _utf8_problems(args)
-    if args.max_length % settings.sequence_shards:
-        problems.append(f"--max_length {args.max_length} cannot be split in {settings.sequence_shards} equal parts")
+    problems += length_problems(settings, args.max_length)
     if args.train_new_rows_only and args.freeze_non_embeds_params:
-        problems.append(
-            "--train_new_rows_only trains new rows of the embeddings, --freeze_non_embeds_params all of their rows; "
-            "give one of them"
-        )
+        problems.append(_ROWS_AND_EMBEDDINGS)
     if args.lora_rank is not None and args.freeze_non_embeds_params:
-        problems.append(
-            "--lora_rank trains an adapter of the layers, --freeze_non_embeds_params nothing of them; give one of them"
-        )
+        problems.append(_ADAPTER_AND_EMBEDDINGS)
     return problems + _evaluation_problems(args) + _tracker_problems(args)
 
 
@@ -53,9 +55,45 @@ def _tracker_problems(args: argparse.Namespace) -> list[str]:
 
 
 def _dry_run_problems(args: argparse.Namespace) -> list[str]:
+    if args.suggest:
+        return suggestion_problems(args)
     if args.num_ranks is None or args.dry_run:
         return []
     return [f"--num_ranks {args.num_ranks} needs --dry_run; a run has the processes of its launcher"]
+
+
+def suggestion_problems(args: argparse.Namespace) -> list[str]:
+    """The problems of --dry_run --suggest, which refuses flags that it varies or does not use."""
+    problems = [] if args.dry_run else ["--suggest needs --dry_run, which trains nothing"]
+    if args.mixed_precision == "fp32":
+        problems.append("--mixed_precision fp32 is for tests, and --suggest compares GPUs; give bf16 or fp16")
+    if args.pretrained is not None and args.model_size is not None:
+        problems.append(f"--model_size {args.model_size} takes the place of --pretrained {args.pretrained}; give one")
+    if args.train_new_rows_only and args.pretrained is None:
+        problems.append("--train_new_rows_only needs --pretrained, whose config.json lists the new rows")
+    defaults = PARSERS[args.stage]().defaults
+    problems += [
+        f"--{name} {value} has no effect with --suggest, {why}; leave it out"
+        for name, why in _NOT_SUGGESTED.items()
+        if (value := getattr(args, name)) != defaults.get(name)
+    ]
+    if args.train_new_rows_only and args.freeze_non_embeds_params:
+        problems.append(_ROWS_AND_EMBEDDINGS)
+    if args.lora_rank is not None and args.freeze_non_embeds_params:
+        problems.append(_ADAPTER_AND_EMBEDDINGS)
+    return problems
+
+
+PARSERS = {"pretrain": train_parser, "sft": train_sft_parser}
+_VARIED = "which compares all of them"
+_NOT_SUGGESTED = {
+    **dict.fromkeys(("plugin", "tp", "pp", "sp", "zero", "sp_mode", "enable_sequence_parallelism"), _VARIED),
+    **dict.fromkeys(("micro_batch_size", "microbatch_size", "accumulation_steps"), _VARIED),
+    **dict.fromkeys(("dataset", "eval_dataset"), "which reads no data (--tokens is their number)"),
+    **dict.fromkeys(("load_checkpoint", "resume"), "which reads no checkpoint"),
+    **dict.fromkeys(("benchmark", "profile"), "which measures nothing"),
+    "peak_tflops": "which plans for a --gpu",
+}
 
 
 def _benchmark_problems(args: argparse.Namespace, settings: EngineSettings, world_size: int) -> list[str]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from colossal_llama2 import logs
 from colossal_llama2.cli.dependent_flags import used_flags, with_defaults
 from colossal_llama2.dataset.layout.chat_data import chat_data_of
 from colossal_llama2.dataset.layout.manifest import check_parts_fit
@@ -13,8 +14,10 @@ from colossal_llama2.dataset.read.eval_sets import resolve_eval_sets
 from colossal_llama2.dataset.read.sources import Data, resolve_data
 from colossal_llama2.dataset.write.sample_lengths import check_max_length, check_samples_fit
 from colossal_llama2.encoding.folder_files import check_tokenizer_files
+from colossal_llama2.encoding.registry import holds_tokenizer
 from colossal_llama2.engine.settings import EngineSettings
 from colossal_llama2.errors import UserError
+from colossal_llama2.inference.prompt_file import FilePrompt, read_prompts
 from colossal_llama2.launcher import place
 from colossal_llama2.layer_matrices import LAYER_MATRICES
 from colossal_llama2.model.loading import check_model
@@ -35,6 +38,9 @@ from colossal_llama2.train.settings.config import (
 )
 from colossal_llama2.train.settings.flag_problems import flag_problems
 from colossal_llama2.train.settings.model_source import ModelSource, find_source, newest_source
+
+# All of their answers are logged.
+MOST_EVAL_PROMPTS = 32
 
 
 class Problems(list[str]):
@@ -70,9 +76,8 @@ def resolve_with_problems(args: argparse.Namespace) -> tuple[TrainConfig, Proble
     given, args = args, with_defaults(args)
     settings, world_size = engine_settings(args), args.num_ranks or place().world_size
     problems = Problems(flag_problems(given, args, settings, world_size))
-    needs_weights = not (args.benchmark and args.dry_run)
     source = ModelSource.of_pretrained(args.pretrained)
-    problems.check(lambda: _check_pretrained(source, max_length=args.max_length, needs_weights=needs_weights))
+    problems.check(lambda: _check_pretrained(source, max_length=args.max_length, needs_weights=not args.dry_run))
     if args.profile is not None and args.benchmark:
         problems.check(lambda: check_output_folder(Path(args.profile), "--profile"))
     config = TrainConfig(
@@ -182,7 +187,19 @@ def _evaluation(args: argparse.Namespace, problems: Problems) -> EvaluationConfi
         interval=args.eval_interval,
         limits={name: float(limit) for name, _, limit in limits},
         stops=args.on_forgetting == "stop",
+        prompts=problems.check(lambda: _eval_prompts(args.eval_prompts)) or (),
+        prompt_tokens=args.eval_prompt_tokens,
     )
+
+
+def _eval_prompts(path: str | None) -> list[FilePrompt]:
+    prompts = [] if path is None else read_prompts(Path(path), flag="--eval_prompts")
+    if len(prompts) > MOST_EVAL_PROMPTS:
+        raise UserError(
+            f"--eval_prompts {path}: has {len(prompts)} prompts; give at most {MOST_EVAL_PROMPTS}, since each "
+            "evaluation answers them"
+        )
+    return prompts
 
 
 def _check_pretrained(source: ModelSource, *, max_length: int, needs_weights: bool) -> None:
@@ -213,8 +230,11 @@ def _with_source(config: TrainConfig, load_checkpoint: str | None, problems: Pro
 
 def _with_data(config: TrainConfig) -> TrainConfig:
     """The settings with the data's chat template, after its manifests are compared with the stage and the model."""
-    tokenizer_dir = config.source.tokenizer
-    check_tokenizer_files(tokenizer_dir)
+    tokenizer_dir: str | None = config.source.tokenizer
+    if config.flags["dry_run"] and not holds_tokenizer(config.source.tokenizer):
+        logs.get_logger().info("%s has no tokenizer, so none is compared with data and model", config.source.tokenizer)
+        config, tokenizer_dir = replace(config, has_tokenizer=False), None
+    check_tokenizer_files(config.source.tokenizer)
     paths, eval_paths = config.data.parts.paths, [eval_set.path for eval_set in config.evaluation.sets]
     check_parts_fit(paths, stage=config.stage, tokenizer_dir=tokenizer_dir)
     check_parts_fit(eval_paths, stage=config.stage, tokenizer_dir=tokenizer_dir, flag="--eval_dataset")

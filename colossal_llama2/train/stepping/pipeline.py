@@ -86,3 +86,29 @@ def pipeline_loss(engine: "Engine", batches: list[Batch], *, noise: "NoNoise", s
         "labels": torch.cat([part.labels for part in parts]),
     }
     return engine.run_pipeline(inputs, more_inputs=more_inputs, criterion=criterion)
+
+
+def pipeline_tokens(engine: "Engine", batch: Batch) -> list[int]:
+    """The most likely token after the last one of each row, on every stage. Called on all ranks, in `evaluating`."""
+    import torch
+
+    parts = regroup([batch], engine.settings.microbatch_size)
+    # The last stage is asked for the microbatches in their order.
+    forwards = iter(parts)
+    chosen: list[torch.Tensor] = []
+
+    def places() -> "torch.Tensor":
+        return (next(forwards).lengths - 1).to(engine.device)
+
+    def criterion(outputs: Any, _: int) -> "torch.Tensor":
+        chosen.append(outputs.logits)
+        return torch.zeros((), device=engine.device)
+
+    with engine.choosing_next(places):
+        engine.run_pipeline(
+            {"input_ids": torch.cat([part.input_ids for part in parts])},
+            more_inputs=lambda index: engine.attention_inputs(parts[index]),
+            criterion=criterion,
+        )
+    ids = torch.cat(chosen) if chosen else torch.zeros(len(batch.lengths), dtype=torch.long, device=engine.device)
+    return engine.max_over_stages(ids).tolist()

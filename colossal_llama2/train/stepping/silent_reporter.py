@@ -1,6 +1,7 @@
 """No-op reporter and writer, for ranks that report nothing; the interface of the real ones."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from colossal_llama2.train.stepping.step_timer import NoTimer
 
@@ -13,6 +14,9 @@ class SilentWriter:
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         """Record figures by name at an optimizer step."""
+
+    def write_texts(self, step: int, texts: dict[str, str]) -> None:
+        """Record Markdown by name at an optimizer step. Only TensorBoard does."""
 
     def begin_close(self) -> None:
         """Accept no more figures, and return without waiting until the last ones are written."""
@@ -43,6 +47,9 @@ class SilentReporter(SilentWriter):
             taken: samples of the step, over all ranks.
             seconds: since the end of the previous step, without saves and evaluations.
         """
+
+    def answers(self, step: int, answers: Sequence[Mapping[str, Any]]) -> None:
+        """Report the answers to --eval_prompts, as train_log.jsonl records them."""
 
     def before_save(self) -> None:
         """Called before a checkpoint is written: all records so far must be on the disk first."""

@@ -21,7 +21,7 @@ from typing import NoReturn
 from colossal_llama2 import logs
 from colossal_llama2.errors import Stopped
 from colossal_llama2.launcher import place
-from colossal_llama2.terminal_text import show_line
+from colossal_llama2.terminal_text import report_line
 from colossal_llama2.train.run_folder import run_lock
 
 # If several signals came, the first of these decides the exit code.
@@ -97,7 +97,7 @@ class StopSignals(NoSignals):
         """Exit, if the exception did not end the process: its main thread is in a library, which may have caught it."""
         if self._raises:
             if logs.is_first_rank():
-                show_line(f"{Path(sys.argv[0]).name}: stopped: {_early(number)}", file=sys.stderr)
+                report_line(f"{Path(sys.argv[0]).name}: stopped: {_early(number)}")
             run_lock.release()
             os._exit(Stopped(number, "").exit_code)
 
@@ -122,7 +122,7 @@ def _early(number: int) -> str:
 def end_at_once() -> NoReturn:
     """Exit without saving and without waiting for other ranks."""
     if logs.is_first_rank():
-        show_line("interrupted again: exiting without saving; earlier checkpoints are complete", file=sys.stderr)
+        report_line("interrupted again: exiting without saving; earlier checkpoints are complete")
     run_lock.release()
     os._exit(128 + signal.SIGINT)
 

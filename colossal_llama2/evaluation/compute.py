@@ -1,0 +1,115 @@
+"""Compute the records of a task for one model: batch after batch, each rank its own."""
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from colossal_llama2 import launcher
+from colossal_llama2.evaluation import ranks
+from colossal_llama2.evaluation.batching import Batch, Room, batches_of
+from colossal_llama2.evaluation.task import PreparedTask, Row, Task
+from colossal_llama2.inference.prompt_batch import SharedStates
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+Record = dict[str, Any]
+# Tokens of a forward pass: more are not faster.
+COMPUTED_TOKENS = {"cpu": 2048, "cuda": 32768}
+CPU_STATES_BYTES = 1 << 30
+# Of what is free on the GPU once the model is there: attention and logits need memory too.
+GPU_STATES_SHARE = 0.3
+SECOND_DIGITS = 6
+
+
+def records_of(
+    model: "LlamaForCausalLM",
+    tokenizer: "PreTrainedTokenizerBase",
+    folder: str,
+    task: Task,
+    *,
+    batch_size: int | None,
+    skip: int = 0,
+) -> Iterator[list[Record]]:
+    """Yield the records of a task's items, some at a time, in an order that depends on the task and the model alone.
+
+    All ranks call this together, and all get all records.
+
+    Args:
+        folder: the model's.
+        batch_size: items that are computed together; None for what fits.
+        skip: how many records to leave out at the beginning.
+
+    Raises:
+        UserError: the tokenizer cannot be used for the task.
+    """
+    prepared = task.prepare(model, tokenizer, folder)
+    batches = batches_of(prepared.rows, _room(model, batch_size), new_tokens=prepared.new_tokens)
+    computer, here = _Computer(model, prepared, task), launcher.place()
+    before = 0
+    for start in range(0, len(batches), here.world_size):
+        turn = batches[start : start + here.world_size]
+        after = before + sum(len(batch.rows) for batch in turn)
+        if after > skip:
+            own = computer.records(turn[here.rank]) if here.rank < len(turn) else []
+            found = [record for rank in ranks.gathered(own) for record in rank]
+            yield found[max(0, skip - before) :]
+        before = after
+
+
+def _room(model: "LlamaForCausalLM", batch_size: int | None) -> Room:
+    import torch
+
+    config, device = model.config, model.device
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    states = 2 * config.num_hidden_layers * config.num_key_value_heads * head * model.dtype.itemsize
+    room = CPU_STATES_BYTES
+    if device.type == "cuda":
+        room = int(torch.cuda.mem_get_info(device)[0] * GPU_STATES_SHARE)
+    return Room(batch_size, COMPUTED_TOKENS[device.type], max(1, room // states))
+
+
+class _Computer:
+    """Computes batches, and keeps the states of the last shared beginning, which the next batch often shares."""
+
+    def __init__(self, model: "LlamaForCausalLM", prepared: PreparedTask, task: Task):
+        self._model, self._prepared, self._task = model, prepared, task
+        self._states: SharedStates | None = None
+
+    def records(self, batch: Batch) -> list[Record]:
+        """The records of a batch. `seconds` is the time of the batch, divided among its items and all ranks."""
+        start = time.monotonic()
+        found = self._computed(batch.rows, self._shared(batch.shared))
+        seconds = (time.monotonic() - start) / len(batch.rows) / launcher.place().world_size
+        return [
+            {
+                "item": row.item,
+                "subject": self._task.subjects[row.item],
+                **row.notes,
+                "tokens": len(row.ids),
+                **fields,
+                "seconds": round(seconds, SECOND_DIGITS),
+            }
+            for row, fields in zip(batch.rows, found, strict=True)
+        ]
+
+    def _shared(self, ids: Sequence[int]) -> SharedStates | None:
+        if not ids:
+            self._states = None
+        elif self._states is None or self._states.ids != list(ids):
+            self._states = SharedStates(self._model, ids)
+        return self._states
+
+    def _computed(self, rows: Sequence[Row], shared: SharedStates | None) -> list[Record]:
+        """Half of the rows at a time if a GPU has too little memory for all."""
+        import torch
+
+        try:
+            return self._prepared.compute(rows, shared)
+        except torch.cuda.OutOfMemoryError:
+            if len(rows) == 1:
+                raise
+        # Outside of the handler, whose exception holds what filled the memory.
+        torch.cuda.empty_cache()
+        half = len(rows) // 2
+        return [*self._computed(rows[:half], shared), *self._computed(rows[half:], shared)]

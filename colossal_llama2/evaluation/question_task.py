@@ -1,0 +1,182 @@
+"""Questions of a set, scored by the logits of the first predicted token, by a greedy answer, or by both."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from colossal_llama2.errors import UserError
+from colossal_llama2.evaluation.choice_tokens import ChoiceTokens, find_choice_tokens
+from colossal_llama2.evaluation.sets.gsm8k import NEXT_QUESTION, final_number
+from colossal_llama2.evaluation.sets.questions import LETTERS, Question, QuestionSet
+from colossal_llama2.evaluation.sets.registry import CHOICE, COMBINED, FINAL_NUMBER, EvaluationSet
+from colossal_llama2.evaluation.task import ACCURACY, Row, checked_finite
+from colossal_llama2.inference.generation import generate_tokens
+from colossal_llama2.inference.prompt_batch import PromptBatch
+from colossal_llama2.inference.prompts import text_ids
+from colossal_llama2.inference.settings import GenerationSettings
+from colossal_llama2.inference.streaming import TextStream
+from colossal_llama2.logs import get_logger
+from colossal_llama2.model.positions import positions_of
+from colossal_llama2.plurals import counted
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+    from colossal_llama2.inference.prompt_batch import SharedStates
+
+# Most tokens of an answer.
+NEW_TOKENS = {CHOICE: 1, COMBINED: 32, FINAL_NUMBER: 256}
+# The letter of an answer: the first that no small letter is beside, as in "(B)" and "答案是B", but not in "Because".
+LETTER = re.compile(r"(?<![a-z])[A-D](?![a-z])")
+
+
+class QuestionTask:
+    """The questions of a set; see `Task`."""
+
+    metric = ACCURACY
+
+    def __init__(self, name: str, kind: EvaluationSet, found: QuestionSet, num_fewshot: int):
+        self.name, self.num_fewshot, self.left_out = name, num_fewshot, found.left_out
+        self.subjects = [question.subject for question in found.questions]
+        self._kind, self._questions = kind, found.questions
+        self._examples = {
+            subject: list(found.examples.get(subject, ()))[:num_fewshot] for subject in dict.fromkeys(self.subjects)
+        }
+        fewer = [subject for subject, examples in self._examples.items() if len(examples) < num_fewshot]
+        if fewer:
+            most = max(len(self._examples[subject]) for subject in fewer)
+            get_logger().info(
+                f"{name}: {counted(len(fewer), 'subject')} with fewer than {num_fewshot} examples in the set's files, "
+                f"at most {most}: {', '.join(fewer)}"
+            )
+
+    @property
+    def definition(self) -> Any:
+        """Questions and examples, without where they are."""
+        examples = {subject: [item[1:] for item in items] for subject, items in self._examples.items()}
+        return [self.name, self.num_fewshot, [question[1:] for question in self._questions], examples]
+
+    def prepare(self, model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase", folder: str) -> "_Prepared":
+        """The prompts as ids. Raises UserError if the tokenizer cannot encode one, or has no token for a letter."""
+        return _Prepared(model, tokenizer, self.name, self._kind, self._questions, self._examples)
+
+
+class _Prepared:
+    def __init__(
+        self,
+        model: "LlamaForCausalLM",
+        tokenizer: "PreTrainedTokenizerBase",
+        name: str,
+        kind: EvaluationSet,
+        questions: Sequence[Question],
+        examples: dict[str, list[Question]],
+    ):
+        self._model, self._tokenizer, self._kind, self._questions = model, tokenizer, kind, questions
+        self.new_tokens = NEW_TOKENS[kind.metric]
+        self._choices: ChoiceTokens | None = None
+        if kind.metric != FINAL_NUMBER:
+            first = questions[0]
+            prompt = kind.form.prompt(first, examples[first.subject])
+            self._choices = find_choice_tokens(tokenizer, prompt, kind.form.lead)
+            get_logger().info(f"{name}: {self._choices.described()}")
+        self.rows = [
+            self._row(number, question, examples[question.subject]) for number, question in enumerate(questions)
+        ]
+
+    def _row(self, number: int, question: Question, examples: list[Question]) -> Row:
+        """A prompt that fits the model's context: without as many of the first examples as needed, or cut in front."""
+        room = positions_of(self._model.config) - self.new_tokens
+        suffix = self._choices.suffix if self._choices else ""
+        for dropped in range(len(examples) + 1):
+            kept = examples[dropped:]
+            try:
+                ids = text_ids(self._tokenizer, self._kind.form.prompt(question, kept) + suffix)
+            except UserError as error:
+                raise UserError(f"{question.where}: {error}")
+            if len(ids) <= room:
+                break
+        notes = {"examples": len(kept), "dropped_examples": dropped, "cut_tokens": max(0, len(ids) - room)}
+        return Row(number, ids[-room:], (question.subject, len(kept)) if kept else None, notes)
+
+    def compute(self, rows: Sequence[Row], shared: "SharedStates | None") -> list[dict[str, Any]]:
+        if self._kind.metric == CHOICE:
+            logits = PromptBatch(self._model, [row.ids for row in rows], shared=shared).logits()
+            return [self._chosen(row, scores) for row, scores in zip(rows, self._letters(logits), strict=True)]
+        if self._kind.metric == COMBINED:
+            return self._combined(rows, shared)
+        return self._final_numbers(rows, shared)
+
+    def _letters(self, logits: "torch.Tensor") -> list[list[float]]:
+        """Of each row, the logits of the four letters."""
+        assert self._choices is not None
+        return logits[:, list(self._choices.ids)].float().tolist()
+
+    def _chosen(self, row: Row, scores: list[float]) -> dict[str, Any]:
+        checked_finite(scores)
+        choice, answer = LETTERS[scores.index(max(scores))], self._questions[row.item].answer
+        return {"logits": scores, "choice": choice, "answer": answer, "is_correct": choice == answer}
+
+    def _combined(self, rows: Sequence[Row], shared: "SharedStates | None") -> list[dict[str, Any]]:
+        texts, first, _ = self._generated(rows, shared, lambda text: _letter_of(text, is_whole=False) is not None)
+        found = []
+        for row, text, scores in zip(rows, texts, self._letters(first), strict=True):
+            record = self._chosen(row, scores)
+            by_logits, by_text = record.pop("is_correct"), _letter_of(text) == record["answer"]
+            found.append(
+                {
+                    **record,
+                    "text": text,
+                    "is_correct_by_logits": by_logits,
+                    "is_correct_by_text": by_text,
+                    "is_correct": by_logits or by_text,
+                }
+            )
+        return found
+
+    def _final_numbers(self, rows: Sequence[Row], shared: "SharedStates | None") -> list[dict[str, Any]]:
+        texts, _, tokens = self._generated(rows, shared, lambda text: NEXT_QUESTION in text)
+        found = []
+        for row, text, count in zip(rows, texts, tokens, strict=True):
+            text = text.partition(NEXT_QUESTION)[0]
+            number, answer = final_number(text), final_number(self._questions[row.item].answer)
+            found.append(
+                {
+                    "text": text,
+                    "choice": None if number is None else str(number),
+                    "answer": str(answer),
+                    "is_correct": number == answer,
+                    "is_cut": count == self.new_tokens,
+                    "new_tokens": count,
+                }
+            )
+        return found
+
+    def _generated(
+        self, rows: Sequence[Row], shared: "SharedStates | None", is_over: Callable[[str], bool]
+    ) -> tuple[list[str], "torch.Tensor", list[int]]:
+        """Greedy answers, which end when `is_over`; the logits of their first tokens; and their numbers of tokens."""
+        settings = GenerationSettings(self.new_tokens, do_sample=False, temperature=1.0, top_k=1, top_p=1.0, seed=None)
+        streams, texts = [TextStream(self._tokenizer) for _ in rows], [""] * len(rows)
+        first: list[torch.Tensor] = []
+        counts = [0] * len(rows)
+        for step in generate_tokens(
+            self._model,
+            self._tokenizer,
+            [row.ids for row in rows],
+            settings,
+            shared=shared,
+            ends=lambda row, token: is_over(texts[row]),
+            # A copy, since the sampler may change them.
+            on_first=lambda logits: first.append(logits.clone()),
+        ):
+            for row, token in step.items():
+                texts[row] += streams[row].push(token)
+                counts[row] += 1
+        return [text + stream.end() for text, stream in zip(texts, streams, strict=True)], first[0], counts
+
+
+def _letter_of(text: str, *, is_whole: bool = True) -> str | None:
+    """The letter of an answer; of one that is not whole, only if what follows cannot change it."""
+    found = LETTER.search(text)
+    return found[0] if found and (is_whole or found.end() < len(text)) else None

@@ -1,0 +1,163 @@
+"""What python -m colossal_llama2.evaluation does: read the tasks, compute their items for each model, and report."""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from colossal_llama2.evaluation import ranks
+from colossal_llama2.evaluation.card import write_card
+from colossal_llama2.evaluation.compute import Record, records_of
+from colossal_llama2.evaluation.report import print_results, write_results
+from colossal_llama2.evaluation.results import result_of
+from colossal_llama2.evaluation.settings import EvaluationSettings
+from colossal_llama2.evaluation.task import Task
+from colossal_llama2.evaluation.tasks import read_tasks
+from colossal_llama2.inference import loading
+from colossal_llama2.inference.answer_file import AnswerFile, model_digest
+from colossal_llama2.logs import SilentProgress, get_logger, is_first_rank, progress
+from colossal_llama2.plurals import counted
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+
+def run(settings: EvaluationSettings) -> None:
+    """Evaluate all models on all tasks, print the table, and write what --output_file asks for.
+
+    Raises:
+        UserError: a flag, a model's folder or a set's file cannot be used; with file:line for a set.
+        RunError: the GPU runs out of memory.
+    """
+    given = [Path(path) for path in settings.model_paths]
+    for folder in filter(Path.is_dir, given):
+        # Before the seconds that importing torch takes.
+        loading.check_files(folder, given=str(folder))
+    tasks = read_tasks(settings)
+    models = _models(settings)
+    job = _Job(settings, tasks, models)
+    if not job.is_done:
+        loading.quiet_libraries()
+        with (
+            loading.memory_errors_named(settings.device, cure="use a smaller --batch_size, or --device cpu"),
+            ranks.connected(),
+        ):
+            job.compute()
+    if is_first_rank():
+        job.report()
+
+
+class Model(NamedTuple):
+    """A model: its name in the table, its folder, and --model_path, for messages."""
+
+    name: str
+    folder: Path
+    given: str
+
+
+def _models(settings: EvaluationSettings) -> list[Model]:
+    """The models with names that differ: the last part of each path, or the whole path where that is not enough."""
+    last = [Path(path).absolute().name for path in settings.model_paths]
+    found = []
+    for path, name in zip(settings.model_paths, last, strict=True):
+        folder = loading.local_folder(path)
+        loading.check_files(folder, given=path)
+        found.append(Model(path if last.count(name) > 1 else name, folder, path))
+    return found
+
+
+class _Job:
+    """All items of all tasks and models, of which the first may have been computed by an earlier command."""
+
+    def __init__(self, settings: EvaluationSettings, tasks: Sequence[Task], models: Sequence[Model]):
+        self._settings, self._tasks, self._models = settings, tasks, models
+        self._items = sum(len(task.subjects) for task in tasks)
+        self._decides: dict[str, Any] = {
+            "models": {model.name: model_digest(model.folder) for model in models},
+            "tasks": {task.name: _digest(task.definition) for task in tasks},
+            "dtype": None,
+        }
+        self._file: AnswerFile | None = None
+        if settings.output_file is not None:
+            count = self._items * len(models)
+            self._file = AnswerFile(settings.output_file, self._decides, prompts=count, asked="item")
+        self._records: list[Record] = self._file.records() if self._file else []
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every item has its record already."""
+        return len(self._records) == self._items * len(self._models)
+
+    def compute(self) -> None:
+        """Compute the items that have no record yet. Called on all ranks."""
+        device = loading.resolve_device(ranks.own_device(self._settings.device))
+        with contextlib.ExitStack() as around:
+            if self._file is not None and is_first_rank():
+                self._file.open(f"{self._settings.dtype} on {device.type}")
+                around.enter_context(contextlib.closing(self._file))
+                self._records = self._file.records()
+            done = ranks.gathered(len(self._records))[0]
+            for number, model in enumerate(self._models):
+                skip = min(max(done - number * self._items, 0), self._items)
+                if skip < self._items:
+                    self._evaluate(model, device, skip)
+
+    def _evaluate(self, model: Model, device: "torch.device", skip: int) -> None:
+        """All tasks of a model, without the first `skip` items."""
+        dtype = "fp32" if self._settings.dtype == "auto" and device.type == "cpu" else self._settings.dtype
+        network, tokenizer = loading.load_folder(model.folder, device, given=model.given, dtype=dtype, rows=1)
+        for task in self._tasks:
+            count = len(task.subjects)
+            if skip < count:
+                self._measure(model, network, tokenizer, task, skip)
+            skip = max(0, skip - count)
+
+    def _measure(
+        self,
+        model: Model,
+        network: "LlamaForCausalLM",
+        tokenizer: "PreTrainedTokenizerBase",
+        task: Task,
+        skip: int,
+    ) -> None:
+        found = records_of(network, tokenizer, str(model.folder), task, batch_size=self._settings.batch_size, skip=skip)
+        bar = SilentProgress()
+        if is_first_rank():
+            name = f"{model.name}, {task.name}"
+            bar = progress(total=len(task.subjects), description=name, unit="item", initial=skip)
+        with bar:
+            for records in found:
+                if is_first_rank():
+                    self._add(model, task, records)
+                bar.update(len(records))
+
+    def _add(self, model: Model, task: Task, records: Sequence[Record]) -> None:
+        for record in records:
+            whole = {"model": model.name, "task": task.name, **record}
+            self._records.append(whole)
+            if self._file is not None:
+                self._file.add(whole)
+
+    def report(self) -> None:
+        """Print the table, and write the JSON and the chart beside the file of items."""
+        found: dict[tuple[str, str], list[Record]] = {}
+        for record in self._records:
+            found.setdefault((record["model"], record["task"]), []).append(record)
+        results = [
+            result_of(model.name, task, found[model.name, task.name]) for model in self._models for task in self._tasks
+        ]
+        get_logger().info(f"{counted(len(self._records), 'item')} evaluated")
+        print_results(results, by_subject=self._settings.by_subject)
+        if self._settings.write_card:
+            for model in self._models:
+                write_card(model.folder, [result for result in results if result.model == model.name])
+        if self._settings.output_file is not None:
+            dtype = self._file.dtype if self._file else None
+            write_results(results, self._settings.output_file, {**self._decides, "dtype": dtype})
+
+
+def _digest(definition: Any) -> str:
+    return hashlib.sha256(json.dumps(definition, ensure_ascii=False).encode()).hexdigest()

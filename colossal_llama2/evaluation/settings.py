@@ -1,0 +1,96 @@
+"""The settings of an evaluation: its flags as typed values."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from colossal_llama2.errors import UserError
+from colossal_llama2.evaluation.card import check_card
+from colossal_llama2.inference.loading import refuse_missing_folder
+from colossal_llama2.storage.output_paths import check_output_file
+from colossal_llama2.task_names import BITS_PER_BYTE, ICL
+
+SUFFIX = ".jsonl"
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """The flags of python -m colossal_llama2.evaluation.
+
+    Attributes:
+        model_paths: folders, or names of models on Hugging Face.
+        tasks: names of tasks, each with where its files are; None for icl.
+        num_fewshot: examples before each question; None for the number of each set.
+        limit: most items of a task.
+        seed: of the items of icl.
+        device, dtype: as for inference_example.py.
+        batch_size: items that are computed together; None for as many as lengths and memory allow.
+        output_file: the jsonl of items.
+        write_card: whether the results go into the model card of each folder.
+        by_subject: whether the table has a line for each subject.
+    """
+
+    model_paths: tuple[str, ...]
+    tasks: tuple[tuple[str, Path | None], ...]
+    num_fewshot: int | None
+    limit: int | None
+    seed: int
+    device: str | None
+    dtype: str
+    batch_size: int | None
+    output_file: Path | None
+    write_card: bool
+    by_subject: bool
+
+    @classmethod
+    def from_flags(cls, flags: Mapping[str, Any]) -> "EvaluationSettings":
+        """The settings from the values of all flags, by name. Raises UserError for what can be seen without torch."""
+        paths = flags["model_path"]
+        for path in paths:
+            refuse_missing_folder(path)
+        twice = next((path for place, path in enumerate(paths) if path in paths[:place]), None)
+        if twice:
+            raise UserError(f"--model_path has {twice} twice; keep one")
+        output_file = None if flags["output_file"] is None else Path(flags["output_file"])
+        if output_file is not None:
+            _check_output(output_file)
+        if flags["write_card"]:
+            for path in paths:
+                check_card(path)
+        return cls(
+            model_paths=tuple(paths),
+            tasks=tuple((name, _place(name, path, flags["data_dir"])) for name, path in flags["tasks"]),
+            num_fewshot=flags["num_fewshot"],
+            limit=flags["limit"],
+            seed=flags["seed"],
+            device=flags["device"],
+            dtype=flags["dtype"],
+            batch_size=flags["batch_size"] or None,
+            output_file=output_file,
+            write_card=flags["write_card"],
+            by_subject=flags["by_subject"],
+        )
+
+
+def _place(name: str, path: str | None, data_dir: str | None) -> Path | None:
+    """Where the files of a task are. Raises UserError if that is not given, or not there."""
+    if name == ICL:
+        return None
+    if path is None and data_dir is None:
+        raise UserError(f"--tasks {name}: give {name}=PATH, or --data_dir with a folder {name}")
+    found = Path(path) if path is not None else Path(data_dir or "") / name
+    if name == BITS_PER_BYTE and not found.is_file():
+        raise UserError(f"--tasks {name}={found}: there is no such file; give a jsonl file of texts")
+    if name != BITS_PER_BYTE and not found.is_dir():
+        raise UserError(
+            f"--tasks {name}: there is no folder {found}; give {name}=PATH, the folder with the set's files"
+        )
+    return found
+
+
+def _check_output(path: Path) -> None:
+    if path.suffix != SUFFIX:
+        raise UserError(f"--output_file {path}: a name that ends with {SUFFIX} is needed, since FILE.json is beside it")
+    for other in (path, path.with_suffix(".json"), path.with_suffix(".png")):
+        check_output_file(other, "--output_file")

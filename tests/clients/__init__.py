@@ -1,0 +1,1 @@
+"""The models that training writes, asked in other programs: `python -m tests.clients`."""

@@ -1,0 +1,226 @@
+"""The files of evaluation sets: what is read of each, how it is asked, and the error for what cannot be used."""
+
+import json
+
+import pytest
+
+from colossal_llama2.errors import UserError
+from colossal_llama2.evaluation.sets.gsm8k import final_number
+from colossal_llama2.evaluation.sets.registry import SETS
+from colossal_llama2.evaluation.tasks import by_turns
+from colossal_llama2.task_names import SET_NAMES
+from tests import evaluation_files
+
+PROMPTS = {
+    "mmlu": (
+        "The following are multiple choice questions (with answers) about agronomy.\n\n"
+        "Which of these numbers follows 50 in agronomy when one counts on when one counts on?\n"
+        "A. 51\nB. 52\nC. 53\nD. 54\nAnswer: C\n\n"
+        "Which of these numbers follows 0 in agronomy?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:"
+    ),
+    "cmmlu": (
+        "以下是关于农学的单项选择题，请直接给出正确答案的选项。\n\n"
+        "题目：Which of these numbers follows 50 in agronomy when one counts on when one counts on?\n"
+        "A. 51\nB. 52\nC. 53\nD. 54\n答案：C\n\n"
+        "题目：Which of these numbers follows 0 in agronomy?\nA. 1\nB. 2\nC. 3\nD. 4\n答案："
+    ),
+    "ceval": (
+        "以下是中国关于逻辑学考试的单项选择题，请选出其中的正确答案。\n\n"
+        "Which of these numbers follows 50 in logic when one counts on when one counts on?\n"
+        "A. 51\nB. 52\nC. 53\nD. 54\n答案：C\n\n"
+        "Which of these numbers follows 0 in logic?\nA. 1\nB. 2\nC. 3\nD. 4\n答案："
+    ),
+    "agieval": (
+        "以下是考试中各个问题的答案。\n\n"
+        "问题 1.   What is 21?\n从以下选项中选择:    (A)21 (B)22 (C)23 (D)24\n答案是 B\n\n"
+        "问题 2.   What is 1?\n从以下选项中选择:    (A)1 (B)2 (C)3 (D)4\n答案是"
+    ),
+    "gaokao": (
+        "以下是中国高考数学的单项选择题，请直接给出正确答案的选项。\n\n"
+        "题目：0．下列各数中最大的是\nA．1  B．2  C．3  D．4\n答案："
+    ),
+    "gsm8k": (
+        "Question: What is 50 plus 1?\nAnswer: 50 + 1 = <<50+1=51>>51.\n#### 51\n\nQuestion: What is 0 plus 1?\nAnswer:"
+    ),
+}
+LEFT_OUT = {
+    "agieval": {"with 5 choices": 1, "with several right answers": 1, "without choices": 1},
+    "gaokao": {"with several questions": 1, "with several right answers": 1},
+}
+COUNTS = {"mmlu": 12, "cmmlu": 12, "ceval": 3, "agieval": 5, "gaokao": 2, "gsm8k": 4}
+
+
+@pytest.mark.parametrize("name", SET_NAMES)
+def test_a_set_is_read_and_asked(name, tmp_path):
+    kind = SETS[name]
+    found = kind.read(evaluation_files.WRITERS[name](tmp_path), kind.num_fewshot)
+    first = found.questions[0]
+    examples = found.examples.get(first.subject, ())
+    assert kind.form.prompt(first, examples[:1]) == PROMPTS[name]
+    assert len(examples) == {"agieval": 3}.get(name, kind.num_fewshot)
+    assert (len(found.questions), found.left_out) == (COUNTS[name], LEFT_OUT.get(name, {}))
+
+
+def test_an_english_task_of_agieval_has_its_own_words(tmp_path):
+    found = SETS["agieval"].read(evaluation_files.write_agieval(tmp_path), 0)
+    asked = next(question for question in found.questions if question.subject == "logiqa-en")
+    assert SETS["agieval"].form.prompt(asked, ()) == (
+        "Problem 1.   A story. What is 0?\nChoose from the following options:    (A)0 (B)1 (C)2 (D)3\n"
+        "The answer is therefore"
+    )
+
+
+@pytest.mark.parametrize("name, inside", [("mmlu", "data"), ("gsm8k", "grade_school_math/data")])
+def test_the_folder_may_be_the_authors_whole_repository(name, inside, tmp_path):
+    evaluation_files.WRITERS[name](tmp_path / inside)
+    assert len(SETS[name].read(tmp_path, 2).questions) == COUNTS[name]
+
+
+def replace(path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+
+
+def end_early(path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+# Set, file, what is wrong with it, and the message.
+BROKEN = {
+    "no test split": ("mmlu", "test", lambda path: path.rename(path.with_name("tests")), "test: there is no such file"),
+    "no dev file": ("cmmlu", "dev/logical.csv", lambda path: path.unlink(), "logical.csv: there is no such file"),
+    "an answer outside A-D": (
+        "mmlu",
+        "test/agronomy_test.csv",
+        lambda path: replace(path, "4,A", "4,E"),
+        "agronomy_test.csv:1: the answer is 'E', one of A, B, C, D allowed",
+    ),
+    "five choices": (
+        "mmlu",
+        "test/agronomy_test.csv",
+        lambda path: replace(path, "2,3,4,5,B", "2,3,4,5,6,B"),
+        "agronomy_test.csv:2: 7 columns, 6 expected",
+    ),
+    "a fifth column": (
+        "cmmlu",
+        "test/agronomy.csv",
+        lambda path: replace(path, "D,Answer", "D,E,Answer"),
+        "agronomy.csv:1: the columns are",
+    ),
+    "a column less": (
+        "ceval",
+        "val/logic_val.csv",
+        lambda path: replace(path, ",answer", ""),
+        "logic_val.csv:1: the columns are id, question, A, B, C, D, and question, A, B, C, D, answer are expected",
+    ),
+    "a cell less": (
+        "cmmlu",
+        "test/logical.csv",
+        lambda path: replace(path, ",4,A", ",A"),
+        "logical.csv:2: 6 cells, and the header has 7",
+    ),
+    "an empty file": ("cmmlu", "test/logical.csv", lambda path: path.write_text(""), "logical.csv: is empty"),
+    "a header alone": (
+        "cmmlu",
+        "test/logical.csv",
+        lambda path: path.write_text(",Question,A,B,C,D,Answer\n"),
+        "logical.csv:1: has a header and no question",
+    ),
+    "another encoding": (
+        "cmmlu",
+        "test/logical.csv",
+        lambda path: path.write_bytes(path.read_text().replace("follows 1", "接着 1").encode("gb18030")),
+        "logical.csv:3: not UTF-8",
+    ),
+    "an open quote": (
+        "cmmlu",
+        "test/logical.csv",
+        lambda path: replace(path, "1,Which", '1,"Which'),
+        "logical.csv:3: not CSV",
+    ),
+    "jsonl that ends early": ("gsm8k", "test.jsonl", end_early, "test.jsonl:4: not JSON"),
+    "json that ends early": (
+        "gaokao",
+        "Data/Objective_Questions/2010-2022_Math_I_MCQs.json",
+        end_early,
+        "MCQs.json:23: not JSON",
+    ),
+    "a gaokao answer outside A-D": (
+        "gaokao",
+        "Data/Objective_Questions/2010-2022_Math_I_MCQs.json",
+        lambda path: replace(path, '"A"\n', '"G"\n'),
+        "MCQs.json:11: the answer is 'G'",
+    ),
+    "an agieval label outside A-D": (
+        "agieval",
+        "v1/logiqa-en.jsonl",
+        lambda path: replace(path, '"label": "B"', '"label": "E"'),
+        "logiqa-en.jsonl:2: the answer is 'E'",
+    ),
+    "no examples of agieval": (
+        "agieval",
+        "few_shot_prompts.csv",
+        lambda path: path.unlink(),
+        "few_shot_prompts.csv: there is no such file",
+    ),
+    "code for an example": (
+        "agieval",
+        "few_shot_prompts.csv",
+        lambda path: replace(path, '"{', '"print({'),
+        "few_shot_prompts.csv:2 (logiqa-en): is not an example",
+    ),
+    "a solution without a number": (
+        "gsm8k",
+        "train.jsonl",
+        lambda path: replace(path, "#### 52", "#### many"),
+        'train.jsonl:2: "answer" does not end with',
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_file_that_cannot_be_used_is_named_with_its_line(case, tmp_path):
+    name, file, damage, message = BROKEN[case]
+    evaluation_files.WRITERS[name](tmp_path)
+    damage(tmp_path / file)
+    with pytest.raises(UserError) as error:
+        SETS[name].read(tmp_path, 0 if name == "gaokao" else 5)
+    assert message in str(error.value) and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ("3 + 4 = 7.\n#### 7\nQuestion", 7),
+        ("so it is $1,200.50", 1200.5),
+        ("#### 1,000 and 7", 1000),
+        ("It is -3.", -3),
+        ("#### 5.0", 5),
+        ("none", None),
+    ],
+)
+def test_the_final_number_of_an_answer(text, number):
+    assert final_number(text) == number
+
+
+def test_a_limit_takes_from_all_subjects(tmp_path):
+    found = SETS["mmlu"].read(evaluation_files.write_mmlu(tmp_path), 0).questions
+    assert [question.subject for question in by_turns(found, 5)] == ["agronomy"] * 3 + ["logical"] * 2
+    assert [question.text[:33] for question in by_turns(found, 3)] == [
+        "Which of these numbers follows 0 ",
+        "Which of these numbers follows 1 ",
+        "Which of these numbers follows 0 ",
+    ]
+    assert by_turns(found, 99) == found
+
+
+def test_every_line_of_a_gaokao_file_is_the_right_one(tmp_path):
+    """An item may have the words of a key in its text."""
+    folder = evaluation_files.write_gaokao(tmp_path)
+    path = folder / "Data" / "Objective_Questions" / "2010-2022_Math_I_MCQs.json"
+    content = json.loads(path.read_text())
+    content["keywords"] = 'the "example": [ of'
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=1))
+    wheres = [question.where for question in SETS["gaokao"].read(folder, 0).questions]
+    assert [where.rpartition(":")[2] for where in wheres] == ["4", "11"]
