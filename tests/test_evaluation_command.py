@@ -13,7 +13,7 @@ from colossal_llama2.errors import RunError
 from colossal_llama2.evaluation.batching import Room, batches_of
 from colossal_llama2.evaluation.compute import records_of
 from colossal_llama2.evaluation.icl_task import IclTask
-from colossal_llama2.evaluation.question_task import QuestionTask
+from colossal_llama2.evaluation.question_task import QuestionTask, letter_of
 from colossal_llama2.evaluation.results import result_of
 from colossal_llama2.evaluation.sets.registry import SETS
 from colossal_llama2.evaluation.task import Row
@@ -225,6 +225,21 @@ def test_batches_hold_what_there_is_room_for():
     assert [len(batch.rows) for batch in batches_of(rows, Room(3, 1, 1), new_tokens=1)] == [3, 1, 1]
     assert [len(batch.rows) for batch in batches_of(rows, Room(None, 8, 1000), new_tokens=1)] == [2, 2, 1]
     assert [len(batch.rows) for batch in batches_of(rows, Room(None, 1000, 90), new_tokens=1)] == [2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "text, letter",
+    [
+        (" B", "B"),
+        ("(C).", "C"),
+        ("答案是D。", "D"),
+        ("Because of DNA, the USA and CO2, B3 is no letter, but A is.", "A"),
+        ("ABCD", None),
+        ("iPadB", None),
+    ],
+)
+def test_the_letter_of_an_answer_is_no_part_of_a_word(text, letter):
+    assert letter_of(text) == letter
 
 
 # The command.

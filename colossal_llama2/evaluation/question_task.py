@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 # Most tokens of an answer.
 NEW_TOKENS = {CHOICE: 1, COMBINED: 32, FINAL_NUMBER: 256}
-# The letter of an answer: the first that no small letter is beside, as in "(B)" and "答案是B", but not in "Because".
-LETTER = re.compile(r"(?<![a-z])[A-D](?![a-z])")
+# The letter of an answer: the first that is no part of a word, as in "(B)" and "答案是B", but not in "Because" or "CO2".
+LETTER = re.compile(r"(?<![A-Za-z])[A-D](?![A-Za-z0-9])")
 
 
 class QuestionTask:
@@ -118,11 +118,11 @@ class _Prepared:
         return {"logits": scores, "choice": choice, "answer": answer, "is_correct": choice == answer}
 
     def _combined(self, rows: Sequence[Row], shared: "SharedStates | None") -> list[dict[str, Any]]:
-        texts, first, _ = self._generated(rows, shared, lambda text: _letter_of(text, is_whole=False) is not None)
+        texts, first, _ = self._generated(rows, shared, lambda text: letter_of(text, is_whole=False) is not None)
         found = []
         for row, text, scores in zip(rows, texts, self._letters(first), strict=True):
             record = self._chosen(row, scores)
-            by_logits, by_text = record.pop("is_correct"), _letter_of(text) == record["answer"]
+            by_logits, by_text = record.pop("is_correct"), letter_of(text) == record["answer"]
             found.append(
                 {
                     **record,
@@ -176,7 +176,7 @@ class _Prepared:
         return [text + stream.end() for text, stream in zip(texts, streams, strict=True)], first[0], counts
 
 
-def _letter_of(text: str, *, is_whole: bool = True) -> str | None:
+def letter_of(text: str, *, is_whole: bool = True) -> str | None:
     """The letter of an answer; of one that is not whole, only if what follows cannot change it."""
     found = LETTER.search(text)
     return found[0] if found and (is_whole or found.end() < len(text)) else None

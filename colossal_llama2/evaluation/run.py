@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from colossal_llama2.errors import UserError
 from colossal_llama2.evaluation import ranks
 from colossal_llama2.evaluation.card import write_card
 from colossal_llama2.evaluation.compute import Record, records_of
@@ -76,15 +77,31 @@ class _Job:
         self._settings, self._tasks, self._models = settings, tasks, models
         self._items = sum(len(task.subjects) for task in tasks)
         self._decides: dict[str, Any] = {
-            "models": {model.name: model_digest(model.folder) for model in models},
-            "tasks": {task.name: _digest(task.definition) for task in tasks},
+            # Lists, since the order decides which line belongs to which model and task.
+            "models": [[model.name, model_digest(model.folder)] for model in models],
+            "tasks": [[task.name, _digest(task.definition)] for task in tasks],
             "dtype": None,
         }
         self._file: AnswerFile | None = None
         if settings.output_file is not None:
             count = self._items * len(models)
             self._file = AnswerFile(settings.output_file, self._decides, prompts=count, asked="item")
-        self._records: list[Record] = self._file.records() if self._file else []
+        self._records = self._earlier_records()
+
+    def _earlier_records(self) -> list[Record]:
+        """The records of an earlier command. Raises UserError if one belongs to another model or task than its line."""
+        if self._file is None:
+            return []
+        found = self._file.records()
+        places = ((model.name, task.name) for model in self._models for task in self._tasks for _ in task.subjects)
+        for number, (record, (model, task)) in enumerate(zip(found, places, strict=False), start=1):
+            given = record.get("model"), record.get("task")
+            if given != (model, task):
+                raise UserError(
+                    f"{self._settings.output_file}:{number}: is an item of {given[0]} and {given[1]}, and one of {model} "
+                    f"and {task} belongs there; give a new file"
+                )
+        return found
 
     @property
     def is_done(self) -> bool:
@@ -98,7 +115,7 @@ class _Job:
             if self._file is not None and is_first_rank():
                 self._file.open(f"{self._settings.dtype} on {device.type}")
                 around.enter_context(contextlib.closing(self._file))
-                self._records = self._file.records()
+                self._records = self._earlier_records()
             done = ranks.gathered(len(self._records))[0]
             for number, model in enumerate(self._models):
                 skip = min(max(done - number * self._items, 0), self._items)

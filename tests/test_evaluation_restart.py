@@ -1,0 +1,82 @@
+"""What python -m colossal_llama2.evaluation continues, and which files it refuses to continue or to overwrite."""
+
+import json
+import shutil
+
+import pytest
+
+from colossal_llama2.errors import UserError
+from colossal_llama2.evaluation.run import run
+from colossal_llama2.evaluation.settings import EvaluationSettings
+from tests import evaluation_files
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory, model_dir):
+    """A function that evaluates two models on some tasks, and the folder of a run that is complete."""
+    folder = tmp_path_factory.mktemp("restart")
+    for name in ("mmlu", "cmmlu"):
+        evaluation_files.WRITERS[name](folder / name)
+    models = [shutil.copytree(model_dir, folder / name) for name in ("one", "two")]
+
+    def evaluate(output_file, *tasks, backwards=False):
+        flags = {
+            "model_path": [str(model) for model in (models[::-1] if backwards else models)],
+            "tasks": [(task, None) for task in tasks],
+            "data_dir": str(folder),
+            **dict.fromkeys(("num_fewshot", "seed", "batch_size", "by_subject", "write_card")),
+        }
+        run(EvaluationSettings.from_flags({**flags, "limit": 2, "device": "cpu", "dtype": "auto", **output(output_file)}))
+
+    (folder / "done").mkdir()
+    evaluate(folder / "done" / "r.jsonl", "mmlu", "cmmlu")
+    return evaluate, folder / "done"
+
+
+def output(path) -> dict[str, str]:
+    return {"output_file": str(path)}
+
+
+def half_done(done, folder):
+    """The first half of the lines of a complete run."""
+    path = folder / "r.jsonl"
+    lines = (done / "r.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(lines[: len(lines) // 2]), encoding="utf-8")
+    shutil.copy(done / "r.jsonl.settings.json", folder)
+    return path
+
+
+@pytest.mark.parametrize(
+    "tasks, backwards, message",
+    [
+        (("cmmlu", "mmlu"), False, "was begun with another tasks"),
+        (("mmlu", "cmmlu"), True, "was begun with another models"),
+    ],
+)
+def test_another_order_of_tasks_or_models_is_refused(evaluated, tasks, backwards, message, tmp_path):
+    evaluate, done = evaluated
+    path = half_done(done, tmp_path)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=message):
+        evaluate(path, *tasks, backwards=backwards)
+    assert path.read_bytes() == before
+
+
+def test_a_line_of_another_task_is_refused(evaluated, tmp_path):
+    evaluate, done = evaluated
+    path = half_done(done, tmp_path)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join([lines[0], lines[1].replace('"mmlu"', '"cmmlu"'), *lines[2:]]), encoding="utf-8")
+    with pytest.raises(UserError, match=r"r.jsonl:2: is an item of one and cmmlu, and one of one and mmlu belongs"):
+        evaluate(path, "mmlu", "cmmlu")
+
+
+def test_a_file_that_is_half_done_is_continued(evaluated, tmp_path):
+    evaluate, done = evaluated
+    path = half_done(done, tmp_path)
+    evaluate(path, "mmlu", "cmmlu")
+    ours, whole = (
+        [{**json.loads(line), "seconds": 0} for line in file.read_text(encoding="utf-8").splitlines()]
+        for file in (path, done / "r.jsonl")
+    )
+    assert ours == whole and len(ours) == 8
