@@ -1,6 +1,7 @@
 """The files of evaluation sets: what is read of each, how it is asked, and the error for what cannot be used."""
 
 import json
+import shutil
 
 import pytest
 
@@ -82,6 +83,11 @@ def replace(path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new, 1), encoding="utf-8")
 
 
+def make_folder(path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 def end_early(path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
 
@@ -106,7 +112,7 @@ BROKEN = {
         "cmmlu",
         "test/agronomy.csv",
         lambda path: replace(path, "D,Answer", "D,E,Answer"),
-        "agronomy.csv:1: the columns are",
+        "agronomy.csv:1: the columns are (no name), Question, A",
     ),
     "a column less": (
         "ceval",
@@ -120,7 +126,68 @@ BROKEN = {
         lambda path: replace(path, ",4,A", ",A"),
         "logical.csv:2: 6 cells, and the header has 7",
     ),
-    "an empty file": ("cmmlu", "test/logical.csv", lambda path: path.write_text(""), "logical.csv: is empty"),
+    "an empty file": ("cmmlu", "test/logical.csv", lambda path: path.write_text(""), "logical.csv:1: is empty"),
+    "an empty jsonl": (
+        "agieval",
+        "v1/logiqa-en.jsonl",
+        lambda path: path.write_text(""),
+        "logiqa-en.jsonl:1: is empty",
+    ),
+    "a blank jsonl": (
+        "gsm8k",
+        "test.jsonl",
+        lambda path: path.write_text("\n\n"),
+        "test.jsonl:1: has only blank lines",
+    ),
+    "a folder in place of a file": ("gsm8k", "test.jsonl", make_folder, "test.jsonl: is a folder, not a regular file"),
+    "a folder in place of a dev file": (
+        "cmmlu",
+        "dev/logical.csv",
+        make_folder,
+        "logical.csv: is a folder, not a regular file",
+    ),
+    "a file in place of a folder": (
+        "mmlu",
+        "test",
+        lambda path: (shutil.rmtree(path), path.write_text("")),
+        "test: is a file, not a folder",
+    ),
+    "blank cells alone": (
+        "mmlu",
+        "test/logical_test.csv",
+        lambda path: path.write_text(",,,,,\n,,,,,\n"),
+        "logical_test.csv:1: has only blank cells",
+    ),
+    "blank rows alone": (
+        "ceval",
+        "val/logic_val.csv",
+        lambda path: path.write_text(",,,\n\n"),
+        "logic_val.csv:1: has only blank cells",
+    ),
+    "blank dev rows alone": (
+        "cmmlu",
+        "dev/logical.csv",
+        lambda path: path.write_text(",,\n"),
+        "logical.csv:1: has only blank cells",
+    ),
+    "blank examples alone": (
+        "agieval",
+        "few_shot_prompts.csv",
+        lambda path: path.write_text(",,,,\n"),
+        "few_shot_prompts.csv:1: has only blank cells",
+    ),
+    "an example with a list as a key": (
+        "agieval",
+        "few_shot_prompts.csv",
+        lambda path: replace(path, path.read_text().split('"')[1], "{[]: 1}"),
+        "few_shot_prompts.csv:2 (logiqa-en): is not an example",
+    ),
+    "items twice": (
+        "gaokao",
+        "Data/Objective_Questions/2010-2022_Math_I_MCQs.json",
+        lambda path: path.write_text('{"example": [1],\n"example": [{"question": "a", "answer": ["A"]}, 2]}'),
+        'MCQs.json:2: has "example" a second time',
+    ),
     "a header alone": (
         "cmmlu",
         "test/logical.csv",

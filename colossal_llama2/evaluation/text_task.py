@@ -20,10 +20,11 @@ from colossal_llama2.dataset.write.splicing import piece_lengths
 from colossal_llama2.dataset.write.tokenization import pretrain_token_bytes, tokenize_pretrain
 from colossal_llama2.encoding.registry import shared_encoder
 from colossal_llama2.errors import UserError
+from colossal_llama2.evaluation.sets.text_files import check_readable
 from colossal_llama2.evaluation.task import BITS, Row, checked_finite
 from colossal_llama2.model.positions import positions_of
 from colossal_llama2.storage.files import read_jsonl
-from colossal_llama2.storage.input_files import ANY_SIZE, check_regular
+from colossal_llama2.storage.input_files import ANY_SIZE
 from colossal_llama2.storage.row_errors import RowError
 from colossal_llama2.task_names import BITS_PER_BYTE
 
@@ -51,7 +52,7 @@ class TextTask:
         self.name = f"{BITS_PER_BYTE} {path.stem}"
         self.left_out: dict[str, int] = {}
         self._texts: list[tuple[str, PretrainRow]] = []
-        check_regular(path, max_bytes=ANY_SIZE)
+        check_readable(path, max_bytes=ANY_SIZE)
         for line in read_jsonl(path):
             if len(self._texts) == limit:
                 break

@@ -12,9 +12,7 @@ from typing import Any
 from colossal_llama2.errors import UserError
 from colossal_llama2.evaluation.sets.prompt_form import PromptForm
 from colossal_llama2.evaluation.sets.questions import LETTERS, Question, QuestionSet, checked_letter
-from colossal_llama2.evaluation.sets.text_files import csv_rows, files_of, folder_of
-from colossal_llama2.storage.files import read_jsonl
-from colossal_llama2.storage.input_files import check_regular
+from colossal_llama2.evaluation.sets.text_files import csv_rows, files_of, folder_of, jsonl_records
 
 EXAMPLES_FILE = "few_shot_prompts.csv"
 CHINESE = re.compile(r"gaokao-(?!english)|-zh$|^jec-qa")
@@ -29,10 +27,8 @@ def read(folder: Path, shots: int) -> QuestionSet:
     root = folder_of(folder, "data", needed="v1")
     found = QuestionSet([], _examples(folder_of(root, needed=EXAMPLES_FILE), shots) if shots else {})
     for path in files_of(root / "v1", ".jsonl"):
-        check_regular(path)
-        for line in read_jsonl(path):
-            if line.record is not None:
-                _add(found, _read(line.record, line.where, path.stem))
+        for where, record in jsonl_records(path):
+            _add(found, _read(record, where, path.stem))
     if not found.questions:
         raise UserError(f"{root / 'v1'}: has no question with four choices; give the folder as published")
     return found
@@ -88,7 +84,7 @@ def _example(cell: str, where: str, subject: str) -> Question | str:
         record = ast.literal_eval(cell)
         if not isinstance(record, dict):
             raise ValueError
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         raise UserError(f"{where}: is not an example as the authors publish them; copy the file again from its source")
     # Some examples have all choices in one string.
     return _read(record, where, subject, counts=(1, len(LETTERS)))
