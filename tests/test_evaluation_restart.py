@@ -24,17 +24,15 @@ def evaluated(tmp_path_factory, model_dir):
             "model_path": [str(model) for model in (models[::-1] if backwards else models)],
             "tasks": [(task, None) for task in tasks],
             "data_dir": str(folder),
+            "output_file": str(output_file),
+            **{"limit": 2, "device": "cpu", "dtype": "auto"},
             **dict.fromkeys(("num_fewshot", "seed", "batch_size", "by_subject", "write_card")),
         }
-        run(EvaluationSettings.from_flags({**flags, "limit": 2, "device": "cpu", "dtype": "auto", **output(output_file)}))
+        run(EvaluationSettings.from_flags(flags))
 
     (folder / "done").mkdir()
     evaluate(folder / "done" / "r.jsonl", "mmlu", "cmmlu")
     return evaluate, folder / "done"
-
-
-def output(path) -> dict[str, str]:
-    return {"output_file": str(path)}
 
 
 def half_done(done, folder):
@@ -69,6 +67,15 @@ def test_a_line_of_another_task_is_refused(evaluated, tmp_path):
     path.write_text("".join([lines[0], lines[1].replace('"mmlu"', '"cmmlu"'), *lines[2:]]), encoding="utf-8")
     with pytest.raises(UserError, match=r"r.jsonl:2: is an item of one and cmmlu, and one of one and mmlu belongs"):
         evaluate(path, "mmlu", "cmmlu")
+
+
+@pytest.mark.parametrize("name", ["r.json", "r.png"])
+def test_a_file_of_something_else_is_not_overwritten(evaluated, name, tmp_path):
+    evaluate, _ = evaluated
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{name} would be overwritten, and no earlier evaluation has written it"):
+        evaluate(tmp_path / "r.jsonl", "mmlu")
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "mine"
 
 
 def test_a_file_that_is_half_done_is_continued(evaluated, tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.evaluation.card import check_card
+from colossal_llama2.inference.answer_file import settings_beside
 from colossal_llama2.inference.loading import refuse_missing_folder
 from colossal_llama2.storage.output_paths import check_output_file
 from colossal_llama2.task_names import BITS_PER_BYTE, ICL
@@ -80,8 +81,12 @@ def _place(name: str, path: str | None, data_dir: str | None) -> Path | None:
     if path is None and data_dir is None:
         raise UserError(f"--tasks {name}: give {name}=PATH, or --data_dir with a folder {name}")
     found = Path(path) if path is not None else Path(data_dir or "") / name
+    if name == BITS_PER_BYTE and found.is_dir():
+        raise UserError(f"--tasks {name}={found}: is a folder; give a jsonl file of texts")
     if name == BITS_PER_BYTE and not found.is_file():
         raise UserError(f"--tasks {name}={found}: there is no such file; give a jsonl file of texts")
+    if name != BITS_PER_BYTE and found.is_file():
+        raise UserError(f"--tasks {name}: {found} is a file; give {name}=PATH, the folder with the set's files")
     if name != BITS_PER_BYTE and not found.is_dir():
         raise UserError(
             f"--tasks {name}: there is no folder {found}; give {name}=PATH, the folder with the set's files"
@@ -92,5 +97,12 @@ def _place(name: str, path: str | None, data_dir: str | None) -> Path | None:
 def _check_output(path: Path) -> None:
     if path.suffix != SUFFIX:
         raise UserError(f"--output_file {path}: a name that ends with {SUFFIX} is needed, since FILE.json is beside it")
-    for other in (path, path.with_suffix(".json"), path.with_suffix(".png")):
+    beside = (path.with_suffix(".json"), path.with_suffix(".png"))
+    for other in (path, *beside):
         check_output_file(other, "--output_file")
+    foreign = [other for other in beside if other.exists()]
+    if foreign and not settings_beside(path).exists():
+        raise UserError(
+            f"--output_file {path}: {foreign[0]} would be overwritten, and no earlier evaluation has written it "
+            f"(there is no {settings_beside(path).name}); give another name, or move that file"
+        )
