@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from colossal_llama2.errors import RunError
+from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.evaluation.batching import Room, batches_of
 from colossal_llama2.evaluation.compute import records_of
 from colossal_llama2.evaluation.icl_task import IclTask
@@ -140,6 +140,13 @@ def test_examples_are_dropped_from_the_front_where_the_context_is_full(loaded, s
     dropped = [record for record in found if record["dropped_examples"]]
     assert dropped and all(record["examples"] == 4 for record in dropped)
     assert result_of("m", task, found).notes == {"prompts with fewer examples": len(dropped)}
+
+
+@pytest.mark.parametrize("name, context", [("gsm8k", 256), ("agieval", 20), ("mmlu", 1)])
+def test_a_context_without_room_for_a_question_is_refused(loaded, sets, name, context, monkeypatch):
+    monkeypatch.setattr(loaded[0].config, "max_position_embeddings", context)
+    with pytest.raises(UserError, match=f"{name}: an answer has up to .* and the model's context {context}, so no"):
+        records(loaded, read(name, sets))
 
 
 def test_random_weights_are_at_chance_in_the_probe(loaded):

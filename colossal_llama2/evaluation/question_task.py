@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # Most tokens of an answer.
 NEW_TOKENS = {CHOICE: 1, COMBINED: 32, FINAL_NUMBER: 256}
-# The letter of an answer: the first that is no part of a word, as in "(B)" and "答案是B", but not in "Because" or "CO2".
+# The letter of an answer: the first that is no part of a word, as in "(B)" and "答案是B", not in "Because" or "CO2".
 LETTER = re.compile(r"(?<![A-Za-z])[A-D](?![A-Za-z0-9])")
 
 
@@ -74,6 +74,13 @@ class _Prepared:
     ):
         self._model, self._tokenizer, self._kind, self._questions = model, tokenizer, kind, questions
         self.new_tokens = NEW_TOKENS[kind.metric]
+        context = positions_of(model.config)
+        if context <= self.new_tokens:
+            raise UserError(
+                f"{name}: an answer has up to {counted(self.new_tokens, 'token')}, and the model's context {context}, "
+                "so no question fits; leave it out"
+            )
+        self._room = context - self.new_tokens
         self._choices: ChoiceTokens | None = None
         if kind.metric != FINAL_NUMBER:
             first = questions[0]
@@ -86,7 +93,7 @@ class _Prepared:
 
     def _row(self, number: int, question: Question, examples: list[Question]) -> Row:
         """A prompt that fits the model's context: without as many of the first examples as needed, or cut in front."""
-        room = positions_of(self._model.config) - self.new_tokens
+        room = self._room
         suffix = self._choices.suffix if self._choices else ""
         for dropped in range(len(examples) + 1):
             kept = examples[dropped:]

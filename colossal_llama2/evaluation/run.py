@@ -98,8 +98,8 @@ class _Job:
             given = record.get("model"), record.get("task")
             if given != (model, task):
                 raise UserError(
-                    f"{self._settings.output_file}:{number}: is an item of {given[0]} and {given[1]}, and one of {model} "
-                    f"and {task} belongs there; give a new file"
+                    f"{self._settings.output_file}:{number}: is an item of {given[0]} and {given[1]}, and one of "
+                    f"{model} and {task} belongs there; give a new file"
                 )
         return found
 
