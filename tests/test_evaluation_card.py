@@ -27,7 +27,7 @@ def results(share: float) -> list[Result]:
     """Those of two tasks."""
     accuracy, bits = Score(share, 0.01, 280), Score(1.23456, 0.004, 12)
     return [
-        Result("m", "cmmlu", "accuracy", 5, accuracy, {}, {}, 0.25, 1, 1.0, {}),
+        Result("m", "cmmlu", "accuracy", 5, accuracy, {}, {}, 0.25, 1, 1.0, {}, (5, 5)),
         Result("m", "bits_per_byte <a>|b", "bits per byte", None, bits, {}, {}, None, 1, 1.0, {}),
     ]
 

@@ -1,14 +1,20 @@
 """The files of evaluation sets: what is read of each, how it is asked, and the error for what cannot be used."""
 
 import json
+import re
 import shutil
 
 import pytest
 
 from colossal_llama2.errors import UserError
+from colossal_llama2.evaluation.card import with_results
+from colossal_llama2.evaluation.question_task import QuestionTask
+from colossal_llama2.evaluation.report import print_results
+from colossal_llama2.evaluation.results import result_of
 from colossal_llama2.evaluation.sets.gsm8k import final_number
 from colossal_llama2.evaluation.sets.registry import SETS
 from colossal_llama2.evaluation.tasks import by_turns
+from colossal_llama2.evaluation.text_task import TextTask
 from colossal_llama2.task_names import SET_NAMES
 from tests import evaluation_files
 
@@ -60,6 +66,70 @@ def test_a_set_is_read_and_asked(name, tmp_path):
     assert kind.form.prompt(first, examples[:1]) == PROMPTS[name]
     assert len(examples) == {"agieval": 3}.get(name, kind.num_fewshot)
     assert (len(found.questions), found.left_out) == (COUNTS[name], LEFT_OUT.get(name, {}))
+
+
+def test_examples_that_cannot_be_used_are_counted_and_a_task_without_one_is_refused(tmp_path, caplog):
+    path = evaluation_files.write_agieval(tmp_path) / "few_shot_prompts.csv"
+    kind = SETS["agieval"]
+    caplog.set_level("INFO")
+    replace(path, "'label': 'B'", "'label': ['A', 'B']")
+    found = kind.read(tmp_path, 5)
+    assert found.examples_left_out == {"with several right answers": 1}
+    assert sorted(len(examples) for examples in found.examples.values()) == [2, 3]
+    QuestionTask("agieval", kind, found, 5)
+    assert "agieval: 1 example with several right answers left out" in caplog.text
+    path.write_text(re.sub("'label': '[ABCD]'", "'label': ['A', 'B']", path.read_text()))
+    with pytest.raises(UserError, match=r"few_shot_prompts.csv:1: the column \S+ has no example with four choices and"):
+        kind.read(tmp_path, 5)
+
+
+def test_a_task_without_passages_has_the_examples_of_the_other_without_theirs(tmp_path):
+    evaluation_files.write_agieval(tmp_path)
+    path = tmp_path / "few_shot_prompts.csv"
+    path.write_text(path.read_text().replace("logiqa-en", "sat-en").replace("'passage': None", "'passage': 'Read.'"))
+    (tmp_path / "v1" / "logiqa-en.jsonl").rename(tmp_path / "v1" / "sat-en.jsonl")
+    evaluation_files.write_lines(
+        tmp_path / "v1" / "sat-en-without-passage.jsonl", [evaluation_files.agieval_record(number) for number in (0, 1)]
+    )
+    examples = SETS["agieval"].read(tmp_path, 5).examples
+    with_passage, without = examples["sat-en"], examples["sat-en-without-passage"]
+    assert [example.text for example in without] == [example.text for example in with_passage] != []
+    assert {example.passage for example in with_passage} == {"Read."}
+    assert {example.passage for example in without} == {""}
+
+
+@pytest.mark.parametrize("least, shown", [(5, "5"), (2, "2-5")])
+def test_the_table_and_the_card_have_the_examples_that_questions_had(least, shown, tmp_path, capsys):
+    kind = SETS["gsm8k"]
+    task = QuestionTask("gsm8k", kind, kind.read(evaluation_files.write_gsm8k(tmp_path), 5), 5)
+    records = [
+        {
+            **{
+                "item": n,
+                "subject": "gsm8k",
+                "examples": least if n else 5,
+                "is_correct": True,
+                "tokens": 9,
+                "seconds": 1,
+            }
+        }
+        | {"is_cut": n > 1, "new_tokens": 256 if n > 1 else 7}
+        for n in range(4)
+    ]
+    result = result_of("m", task, records)
+    assert result.notes == {"answers cut at 256 tokens": 2}
+    print_results([result], by_subject=False)
+    assert capsys.readouterr().out.splitlines()[1].split()[:4] == ["m", "gsm8k", shown, "4"]
+    assert f"gsm8k ({shown}-shot)" in with_results("", [result])
+
+
+def test_texts_without_a_token_to_predict_are_counted(tmp_path):
+    evaluation_files.write_lines(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b"}])
+    records = [
+        {"item": n, "subject": "", "bits": n, "bytes": n, "predicted": n, "tokens": 1 + n, "seconds": 1} for n in (0, 1)
+    ]
+    notes = result_of("m", TextTask(tmp_path / "a.jsonl", None), records).notes
+    assert notes == {"texts without a token to predict": 1}
 
 
 def test_an_english_task_of_agieval_has_its_own_words(tmp_path):
@@ -230,6 +300,18 @@ BROKEN = {
         "few_shot_prompts.csv",
         lambda path: path.unlink(),
         "few_shot_prompts.csv: there is no such file",
+    ),
+    "a task without examples": (
+        "agieval",
+        "few_shot_prompts.csv",
+        lambda path: replace(path, ",jec-qa-kd", ",jec-qa-xy"),
+        "few_shot_prompts.csv:1: has no column jec-qa-kd",
+    ),
+    "an example without a label": (
+        "agieval",
+        "few_shot_prompts.csv",
+        lambda path: path.write_text(path.read_text().replace("'label'", "'answer'")),
+        "few_shot_prompts.csv:2 (jec-qa-kd)",
     ),
     "code for an example": (
         "agieval",

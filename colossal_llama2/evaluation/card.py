@@ -102,7 +102,7 @@ def model_index(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def _named(result: Result) -> str:
-    return result.task if result.num_fewshot is None else f"{result.task} ({result.num_fewshot}-shot)"
+    return f"{result.task} ({result.shots}-shot)" if result.shots else result.task
 
 
 def _value(result: Result) -> float:

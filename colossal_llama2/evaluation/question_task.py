@@ -43,6 +43,8 @@ class QuestionTask:
         self._examples = {
             subject: list(found.examples.get(subject, ()))[:num_fewshot] for subject in dict.fromkeys(self.subjects)
         }
+        for reason, count in found.examples_left_out.items():
+            get_logger().info(f"{name}: {counted(count, 'example')} {reason} left out")
         fewer = [subject for subject, examples in self._examples.items() if len(examples) < num_fewshot]
         if fewer:
             most = max(len(self._examples[subject]) for subject in fewer)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 # Bounds the logits, which have a column for each token of the vocabulary.
 LOGITS_OF_TOKENS = 512
-MASKED, SHORT = "masked by a loss mark", "without a token to predict"
+MASKED = "masked by a loss mark"
 
 
 class TextTask:

@@ -15,6 +15,8 @@ from colossal_llama2.evaluation.sets.questions import LETTERS, Question, Questio
 from colossal_llama2.evaluation.sets.text_files import csv_rows, files_of, folder_of, jsonl_records
 
 EXAMPLES_FILE = "few_shot_prompts.csv"
+# Such a task has the examples of the one with passages, without theirs.
+NO_PASSAGE = "-without-passage"
 CHINESE = re.compile(r"gaokao-(?!english)|-zh$|^jec-qa")
 
 
@@ -25,12 +27,15 @@ def read(folder: Path, shots: int) -> QuestionSet:
         UserError: with file:line, for a file that is missing or a question of another form.
     """
     root = folder_of(folder, "data", needed="v1")
-    found = QuestionSet([], _examples(folder_of(root, needed=EXAMPLES_FILE), shots) if shots else {})
+    examples_file = folder_of(root, needed=EXAMPLES_FILE) / EXAMPLES_FILE if shots else None
+    found = QuestionSet([], {})
     for path in files_of(root / "v1", ".jsonl"):
         for where, record in jsonl_records(path):
             _add(found, _read(record, where, path.stem))
     if not found.questions:
         raise UserError(f"{root / 'v1'}: has no question with four choices; give the folder as published")
+    if examples_file is not None:
+        found.examples = _examples(examples_file, found, shots)
     return found
 
 
@@ -64,18 +69,31 @@ def _read(
     return Question(where, subject, texts["question"], tuple(options), answer, texts["passage"])
 
 
-def _examples(folder: Path, shots: int) -> dict[str, list[Question]]:
-    """The examples of each task: the file has a column for each, and rows of samples and of their explanations."""
-    header, *rows = csv_rows(folder / EXAMPLES_FILE)
-    found: dict[str, list[Question]] = {name: [] for name in header.cells[1:]}
-    for row in rows:
-        if not row.cells[0].startswith("sample"):
-            continue
-        for subject, cell in zip(header.cells[1:], row.cells[1:], strict=False):
-            example = _example(cell, f"{row.where} ({subject})", subject) if cell.strip() else ""
-            if isinstance(example, Question) and len(found[subject]) < shots:
-                found[subject].append(example)
-    return found
+def _examples(path: Path, found: QuestionSet, shots: int) -> dict[str, list[Question]]:
+    """The examples of each task with questions: its column of the rows of samples. Counts what it leaves out."""
+    header, *rows = csv_rows(path)
+    examples: dict[str, list[Question]] = {}
+    for subject in dict.fromkeys(question.subject for question in found.questions):
+        column = subject if subject in header.cells else subject.removesuffix(NO_PASSAGE)
+        if column not in header.cells:
+            raise UserError(f"{header.where}: has no column {subject}; give the file as published, or --num_fewshot 0")
+        place = header.cells.index(column)
+        samples = [row for row in rows if row.cells[0].startswith("sample") and "".join(row.cells[place:][:1]).strip()]
+        usable = examples[subject] = []
+        for row in samples:
+            example = _example(row.cells[place], f"{row.where} ({column})", subject)
+            if isinstance(example, str):
+                found.examples_left_out[example] = found.examples_left_out.get(example, 0) + 1
+            else:
+                usable.append(example if column == subject else example._replace(passage=""))
+            if len(usable) == shots:
+                break
+        if not usable:
+            raise UserError(
+                f"{header.where}: the column {column} has no example with four choices and one right answer; give the "
+                "file as published, or --num_fewshot 0"
+            )
+    return examples
 
 
 def _example(cell: str, where: str, subject: str) -> Question | str:
