@@ -23,6 +23,7 @@ from colossal_llama2.train.forecast import failures, layouts, speed
 from colossal_llama2.train.forecast.activations import ModelShape
 from colossal_llama2.train.forecast.memory import loss_memory, rank_memory
 from colossal_llama2.train.forecast.suggestion import needed_gib, suggest
+from colossal_llama2.train.settings import flag_problems
 from colossal_llama2.train.settings.from_flags import resolve
 from tests import fake_world, fork_server, scaling_page
 from tests.conftest import ROOT
@@ -82,6 +83,15 @@ def test_the_suggested_flags_are_accepted(capsys, model_dir, tmp_path, monkeypat
     assert resolve(train_flags.train_parser().parse_args(args)).engine.accumulation_steps >= 1
 
 
+def test_pickled_weights_are_no_obstacle(capsys, model_dir, tmp_path):
+    """They are never read, and the folder of an original LLaMA may have nothing else."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_bytes((model_dir / "config.json").read_bytes())
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"")
+    out = printed(capsys, "--pretrained", tmp_path / "model", "--num_ranks", 2, "--max_length", 64)
+    assert "cheapest:" in out
+
+
 def test_what_does_not_fit_is_reported(capsys):
     flags = ["--model_size", "70b", "--num_ranks", 8, "--gpu", "4090"]
     out = printed(capsys, *flags, parser=train_flags.train_sft_parser)
@@ -96,6 +106,10 @@ def test_what_does_not_fit_is_reported(capsys):
         ("--dry_run --suggest --model_size 7b --pretrained m", "takes the place of --pretrained m; give one"),
         ("--dry_run --suggest --plugin zero2 --tp 2", "--tp 2 has no effect with --suggest, which compares all"),
         ("--dry_run --suggest --dataset d", "has no effect with --suggest, which reads no data"),
+        ("--dry_run --suggest --save_dir s", "--save_dir s has no effect with --suggest, which writes nothing"),
+        ("--dry_run --suggest --lr 1e-4", "--lr 0.0001 has no effect with --suggest, since it changes neither"),
+        ("--dry_run --suggest --bucketed", "--bucketed has no effect with --suggest, which reads no data"),
+        ("--dry_run --suggest --eval_interval 3", "--eval_interval 3 has no effect with --suggest, which evaluates"),
         ("--dry_run --suggest --mixed_precision fp32", "--mixed_precision fp32 is for tests"),
         ("--dry_run --suggest --train_new_rows_only", "--train_new_rows_only needs --pretrained"),
         ("--dry_run --suggest --pretrained nowhere", "--pretrained nowhere: no such folder"),
@@ -107,6 +121,15 @@ def test_mistakes_are_one_line(given, named, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=re.escape(named)) as error:
         start._dry_run(train_flags.train_parser().parse_args(given.split()))
     assert "\n" not in str(error.value)
+
+
+def test_every_flag_has_an_effect_or_is_refused():
+    used = {"pretrained", "max_length", "mixed_precision", "use_flash_attn", "use_grad_checkpoint", "chunked_loss"}
+    used |= {"train_new_rows_only", "freeze_non_embeds_params", "lora_rank", "lora_targets", "lora_dropout"}
+    used |= {"gradient_clipping", "dry_run", "suggest", "num_ranks", "model_size", "vocab_size", "gpu", "tokens"}
+    used |= {"step_tokens", "gpu_hour_price", "storage_gb_per_s", "load_config"}
+    assert used | flag_problems._NOT_SUGGESTED.keys() == train_flags.train_sft_parser().traits.keys()
+    assert not used & flag_problems._NOT_SUGGESTED.keys()
 
 
 def test_a_mistake_ends_the_command(run_script, assert_user_error, tmp_path):
