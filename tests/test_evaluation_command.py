@@ -1,5 +1,6 @@
 """python -m colossal_llama2.evaluation: its figures against plain transformers, restarts, ranks, files and mistakes."""
 
+import fcntl
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from colossal_llama2.evaluation.task import Row
 from colossal_llama2.evaluation.text_task import TextTask
 from colossal_llama2.inference.loading import load_model
 from colossal_llama2.inference.streaming import TextStream
+from colossal_llama2.task_names import SET_NAMES
 from tests import evaluation_files, fork_server, tiny
 from tests.byte_level import make_byte_level
 from tests.conftest import ROOT
@@ -257,7 +259,9 @@ def evaluate(sets, model_dir, byte_level_dir):
     """Run the command in a fork."""
 
     def run(*arguments, **options) -> subprocess.CompletedProcess:
-        command = [*COMMAND, "--model_path", model_dir, byte_level_dir, "--data_dir", sets, *arguments]
+        command = [*COMMAND, "--model_path", model_dir, byte_level_dir, *arguments]
+        tasks = command[command.index("--tasks") + 1].split(",")
+        command += ["--data_dir", sets] if not set(tasks).isdisjoint(SET_NAMES) else []
         return fork_server.run(command, timeout=240, **options)
 
     return run
@@ -335,6 +339,17 @@ def test_two_ranks_have_the_numbers_of_one(finished, evaluate, sets, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_file_that_another_process_writes_ends_all_ranks_with_one_line(evaluate, tmp_path):
+    """Rank 0 alone opens it."""
+    path = tmp_path / "r.jsonl"
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = evaluate("--tasks", "icl", "--limit", "3", "--output_file", path, ranks=2)
+    assert done.returncode != 0 and done.stderr.count("r.jsonl: another process is writing it") == 1, done.stderr
+    assert "Traceback" not in done.stderr and "gloo" not in done.stderr.lower()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags, words",
     [
@@ -346,6 +361,7 @@ def test_two_ranks_have_the_numbers_of_one(finished, evaluate, sets, tmp_path):
         (["--tasks", "mmlu=nowhere"], "there is no folder nowhere; give mmlu=PATH"),
         (["--tasks", "mmlu,gaokao", "--batch_size", "0"], "auto, or a whole number of at least 1, allowed"),
         (["--tasks", "icl", "--output_file", "r.json"], "a name that ends with .jsonl is needed"),
+        (["--tasks", "bits_per_byte=."], "bits_per_byte=.: is a folder; give a jsonl file of texts"),
         (["--tasks", "icl", "--device", "tpu"], "cpu, cuda or cuda:N allowed"),
     ],
 )

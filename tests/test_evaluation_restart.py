@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from colossal_llama2.errors import UserError
+from colossal_llama2.evaluation.icl_task import IclTask
 from colossal_llama2.evaluation.run import run
 from colossal_llama2.evaluation.settings import EvaluationSettings
 from tests import evaluation_files
@@ -19,7 +20,7 @@ def evaluated(tmp_path_factory, model_dir):
         evaluation_files.WRITERS[name](folder / name)
     models = [shutil.copytree(model_dir, folder / name) for name in ("one", "two")]
 
-    def evaluate(output_file, *tasks, backwards=False):
+    def evaluate(output_file, *tasks, backwards=False, **more):
         flags = {
             "model_path": [str(model) for model in (models[::-1] if backwards else models)],
             "tasks": [(task, None) for task in tasks],
@@ -28,7 +29,7 @@ def evaluated(tmp_path_factory, model_dir):
             **{"limit": 2, "device": "cpu", "dtype": "auto"},
             **dict.fromkeys(("num_fewshot", "seed", "batch_size", "by_subject", "write_card")),
         }
-        run(EvaluationSettings.from_flags(flags))
+        run(EvaluationSettings.from_flags({**flags, **more}))
 
     (folder / "done").mkdir()
     evaluate(folder / "done" / "r.jsonl", "mmlu", "cmmlu")
@@ -67,6 +68,34 @@ def test_a_line_of_another_task_is_refused(evaluated, tmp_path):
     path.write_text("".join([lines[0], lines[1].replace('"mmlu"', '"cmmlu"'), *lines[2:]]), encoding="utf-8")
     with pytest.raises(UserError, match=r"r.jsonl:2: is an item of one and cmmlu, and one of one and mmlu belongs"):
         evaluate(path, "mmlu", "cmmlu")
+
+
+def test_another_precision_is_refused_for_a_file_that_is_complete_too(evaluated):
+    evaluate, done = evaluated
+    with pytest.raises(UserError, match="was begun with --dtype auto on cpu, now bf16 on cpu"):
+        evaluate(done / "r.jsonl", "mmlu", "cmmlu", dtype="bf16")
+    with pytest.raises(UserError, match="was begun with --dtype auto on cpu, now auto on cuda"):
+        evaluate(done / "r.jsonl", "mmlu", "cmmlu", device="cuda:1")
+
+
+@pytest.mark.parametrize(
+    "tasks, more, message",
+    [
+        ([("icl", None)], {"data_dir": "sets"}, "--data_dir sets has no effect, since no task of --tasks reads files"),
+        ([("icl", None)], {"num_fewshot": 0}, "--num_fewshot 0 has no effect, since only mmlu, cmmlu"),
+        ([("gaokao", "sets")], {"num_fewshot": 3}, "--num_fewshot 3 has no effect, since only mmlu, cmmlu"),
+        ([("mmlu", "sets")], {"seed": 0}, "--seed 0 has no effect, since only icl has a seed"),
+        ([("mmlu", "sets")], {"data_dir": "other"}, "--data_dir other has no effect, since no task of --tasks reads"),
+    ],
+)
+def test_a_flag_without_effect_is_refused(tasks, more, message, model_dir):
+    flags = dict.fromkeys(("data_dir", "num_fewshot", "seed", "output_file", "write_card"))
+    with pytest.raises(UserError, match=message):
+        EvaluationSettings.from_flags({**flags, "model_path": [str(model_dir)], "tasks": tasks, **more})
+
+
+def test_the_probe_has_as_many_items_as_the_limit():
+    assert [len(IclTask(seed=0, limit=limit).subjects) for limit in (None, 7, 1000)] == [300, 7, 1000]
 
 
 @pytest.mark.parametrize("name", ["r.json", "r.png"])

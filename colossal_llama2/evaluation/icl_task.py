@@ -52,7 +52,7 @@ class IclTask:
 
     def __init__(self, *, seed: int, limit: int | None):
         self._seed = seed
-        self.subjects = [KINDS[number % len(KINDS)] for number in range(min(limit or ITEMS, ITEMS))]
+        self.subjects = [KINDS[number % len(KINDS)] for number in range(limit or ITEMS)]
         self.left_out: dict[str, int] = {}
 
     @property

@@ -86,7 +86,20 @@ class _Job:
         if settings.output_file is not None:
             count = self._items * len(models)
             self._file = AnswerFile(settings.output_file, self._decides, prompts=count, asked="item")
+            self._check_precision(self._file.dtype, settings)
         self._records = self._earlier_records()
+
+    def _check_precision(self, before: str | None, settings: EvaluationSettings) -> None:
+        """Raise a UserError, before torch is imported, for a file that was begun with another --dtype or --device."""
+        if before is None:
+            return
+        dtype, _, device = before.partition(" on ")
+        given = device if settings.device is None else settings.device.partition(":")[0]
+        if (dtype, device) != (settings.dtype, given):
+            raise UserError(
+                f"--output_file {settings.output_file} was begun with --dtype {before}, now {settings.dtype} on "
+                f"{given}; give a new file, or the same settings"
+            )
 
     def _earlier_records(self) -> list[Record]:
         """The records of an earlier command. Raises UserError if one belongs to another model or task than its line."""
@@ -113,14 +126,26 @@ class _Job:
         device = loading.resolve_device(ranks.own_device(self._settings.device))
         with contextlib.ExitStack() as around:
             if self._file is not None and is_first_rank():
-                self._file.open(f"{self._settings.dtype} on {device.type}")
                 around.enter_context(contextlib.closing(self._file))
-                self._records = self._earlier_records()
-            done = ranks.gathered(len(self._records))[0]
+            done = self._open(device.type)
             for number, model in enumerate(self._models):
                 skip = min(max(done - number * self._items, 0), self._items)
                 if skip < self._items:
                     self._evaluate(model, device, skip)
+
+    def _open(self, device: str) -> int:
+        """Open --output_file on rank 0. Returns how many items are done, or raises the error of rank 0 on all ranks."""
+        problem = None
+        if self._file is not None and is_first_rank():
+            try:
+                self._file.open(f"{self._settings.dtype} on {device}")
+                self._records = self._earlier_records()
+            except UserError as error:
+                problem = str(error)
+        problem, done = ranks.gathered([problem, len(self._records)])[0]
+        if problem is not None:
+            raise UserError(problem)
+        return done
 
     def _evaluate(self, model: Model, device: "torch.device", skip: int) -> None:
         """All tasks of a model, without the first `skip` items."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.evaluation.card import check_card
+from colossal_llama2.evaluation.sets.registry import SETS
 from colossal_llama2.inference.answer_file import settings_beside
 from colossal_llama2.inference.loading import refuse_missing_folder
 from colossal_llama2.storage.output_paths import check_output_file
@@ -56,6 +57,7 @@ class EvaluationSettings:
         output_file = None if flags["output_file"] is None else Path(flags["output_file"])
         if output_file is not None:
             _check_output(output_file)
+        _refuse_unused(flags)
         if flags["write_card"]:
             for path in paths:
                 check_card(path)
@@ -64,7 +66,7 @@ class EvaluationSettings:
             tasks=tuple((name, _place(name, path, flags["data_dir"])) for name, path in flags["tasks"]),
             num_fewshot=flags["num_fewshot"],
             limit=flags["limit"],
-            seed=flags["seed"],
+            seed=flags["seed"] or 0,
             device=flags["device"],
             dtype=flags["dtype"],
             batch_size=flags["batch_size"] or None,
@@ -72,6 +74,20 @@ class EvaluationSettings:
             write_card=flags["write_card"],
             by_subject=flags["by_subject"],
         )
+
+
+def _refuse_unused(flags: Mapping[str, Any]) -> None:
+    """Raise a UserError for a flag that was given and has no effect on any of the tasks."""
+    names = [name for name, _ in flags["tasks"]]
+    in_data_dir = [name for name, path in flags["tasks"] if path is None and name != ICL]
+    with_examples = [name for name, kind in SETS.items() if kind.num_fewshot]
+    for flag, is_used, cause in (
+        ("data_dir", bool(in_data_dir), "no task of --tasks reads files from it"),
+        ("num_fewshot", not set(names).isdisjoint(with_examples), f"only {', '.join(with_examples)} have examples"),
+        ("seed", ICL in names, f"only {ICL} has a seed"),
+    ):
+        if flags[flag] is not None and not is_used:
+            raise UserError(f"--{flag} {flags[flag]} has no effect, since {cause}; leave it out")
 
 
 def _place(name: str, path: str | None, data_dir: str | None) -> Path | None:
