@@ -20,7 +20,7 @@ from tests import evaluation_files
 
 PROMPTS = {
     "mmlu": (
-        "The following are multiple choice questions (with answers) about agronomy.\n\n"
+        "The following are multiple choice questions (with answers) about  agronomy.\n\n"
         "Which of these numbers follows 50 in agronomy when one counts on when one counts on?\n"
         "A. 51\nB. 52\nC. 53\nD. 54\nAnswer: C\n\n"
         "Which of these numbers follows 0 in agronomy?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:"
@@ -38,9 +38,9 @@ PROMPTS = {
         "Which of these numbers follows 0 in logic?\nA. 1\nB. 2\nC. 3\nD. 4\n答案："
     ),
     "agieval": (
-        "以下是考试中各个问题的答案。\n\n"
-        "问题 1.   What is 21?\n从以下选项中选择:    (A)21 (B)22 (C)23 (D)24\n答案是 B\n\n"
-        "问题 2.   What is 1?\n从以下选项中选择:    (A)1 (B)2 (C)3 (D)4\n答案是"
+        "以下是考试中各个问题的答案。\n"
+        "问题 1.    What is 21?\n从以下选项中选择:    (A)21 (B)22 (C)23 (D)24\n答案是 B\n\n"
+        "问题 2.    What is 1?\n从以下选项中选择:    (A)1 (B)2 (C)3 (D)4\n答案是"
     ),
     "gaokao": (
         "以下是中国高考数学的单项选择题，请直接给出正确答案的选项。\n\n"

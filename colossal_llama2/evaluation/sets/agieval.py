@@ -1,7 +1,15 @@
 """AGIEval (Zhong et al. 2023, https://github.com/ruixiangcui/AGIEval): v1/TASK.jsonl and few_shot_prompts.csv.
 
-The examples and the form of the prompts are those of the authors' few-shot setting without explanations. Only
-questions with four choices and one right answer are read, as in the table of Colossal-LLaMA-2; the others are counted.
+The examples and the form of the prompts are those of the authors' few-shot setting without explanations
+(src/dataset_loader.py), with these differences:
+
+- A prompt ends with "The answer is therefore" or "答案是", where the authors' ends after the choices: the logits of the
+  letters are those of the next token.
+- Without examples, the prompt has the same form; the authors have another.
+- A prompt that is too long loses its first examples, and the authors' its last. The examples that stay are numbered
+  from 1.
+- Only questions and examples with four choices and one right answer are read, as in the table of Colossal-LLaMA-2; the
+  others are counted.
 """
 
 import ast
@@ -116,13 +124,13 @@ def _introduction(subject: str, has_examples: bool) -> str:
     if not has_examples:
         return ""
     if _is_chinese(subject):
-        return "以下是考试中各个问题的答案。\n\n"
-    return "Here are the answers for the problems in the exam.\n\n"
+        return "以下是考试中各个问题的答案。\n"
+    return "Here are the answers for the problems in the exam.\n"
 
 
 def _question(question: Question, number: int) -> str:
     options = " ".join(question.choices)
-    text = f"{question.passage} {question.text}".strip()
+    text = f"{question.passage} {question.text}"
     if _is_chinese(question.subject):
         return f"问题 {number}.   {text}\n从以下选项中选择:    {options}\n答案是"
     return f"Problem {number}.   {text}\nChoose from the following options:    {options}\nThe answer is therefore"
