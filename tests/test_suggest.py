@@ -71,6 +71,23 @@ def test_all_about_one_model(capsys):
     assert "memory per rank, GiB (64 x GPU)" in out and "sending, data" in out
 
 
+def test_the_step_is_the_real_one(capsys):
+    """64 ranks with a sample of 4,096 tokens each have 0.26 M tokens at least."""
+    out = printed(capsys, "--model_size", "7b", "--num_ranks", 64, "--step_tokens", 1000)
+    assert ", steps of 0.26 M tokens" in out
+    with pytest.raises(UserError, match="--tokens 100000: less than one step, which has 262,144 tokens; give more"):
+        printed(capsys, "--model_size", "7b", "--num_ranks", 64, "--step_tokens", 1000, "--tokens", 1e5)
+
+
+def test_the_memory_of_hosts_is_named(capsys):
+    out = " ".join(printed(capsys, "--model_size", "7b", "--num_ranks", 64).split())
+    # Master weights and moments in float32, 12 bytes of each parameter, of an eighth of 64 ranks.
+    needed = round(7.0424e9 * 12 / 8 / 2**30)
+    (found,) = re.findall(r"host's memory, which is not compared with any host: (.*?) cheapest", out)
+    zero2_cpu = re.search(r"zero2_cpu (\d+)", found)
+    assert int(zero2_cpu[1]) == pytest.approx(needed, abs=1)
+
+
 def test_the_suggested_flags_are_accepted(capsys, model_dir, tmp_path, monkeypatch):
     """What is printed for a folder with only a config.json is a command that a dry run accepts."""
     monkeypatch.chdir(tmp_path)
