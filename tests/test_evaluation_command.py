@@ -196,7 +196,7 @@ def test_bits_per_byte_are_the_sum_over_plain_logits(loaded, sets):
     assert result_of("m", task, found).score.value == pytest.approx(total / size)
 
 
-def test_a_text_that_is_longer_than_the_context_is_cut(loaded, sets):
+def test_a_text_that_is_longer_than_the_context_is_divided(loaded, sets):
     model, _, _ = loaded
     task = TextTask(sets / "held_out.jsonl", limit=None)
     before, whole = model.config.max_position_embeddings, records(loaded, task)

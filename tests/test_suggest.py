@@ -266,6 +266,26 @@ def test_rank_0_of_64_holds_what_is_forecast():
         assert f"\n{name}" in done.stdout
 
 
+@pytest.mark.parametrize("name, code", [("3d sp2 zero2", 1), ("zero2_cpu", 0)])
+def test_only_layouts_that_offload_may_fail_to_be_built(name, code, monkeypatch, capsys):
+    """The first one is none of those that are built by default."""
+
+    def fail(settings, planned):
+        raise RuntimeError("not here")
+
+    monkeypatch.setattr(fake_world, "prepare", lambda: None)
+    monkeypatch.setattr(fake_world, "world", lambda ranks: contextlib.nullcontext())
+    monkeypatch.setattr(fake_world, "held_bytes", fail)
+    assert fake_world.main(["--only", name]) == code
+    assert f"{name}: not built: RuntimeError" in capsys.readouterr().out
+
+
+def test_a_layout_that_does_not_exist_is_refused(capsys):
+    with pytest.raises(SystemExit) as end:
+        fake_world.main(["--only", "zero2", "zero9"])
+    assert end.value.code == 2 and "--only zero9: no layout begins so; give one of" in capsys.readouterr().err
+
+
 def test_a_layout_that_holds_something_else_fails(monkeypatch, capsys):
     monkeypatch.setattr(fake_world, "prepare", lambda: None)
     monkeypatch.setattr(fake_world, "world", lambda ranks: contextlib.nullcontext())

@@ -2,8 +2,8 @@
 
     sum of -log2 p over the predicted tokens / UTF-8 bytes of the text behind these tokens
 
-A text is encoded as training encodes a document, and cut where it is longer than the model's context. Texts do not see
-each other.
+A text is encoded as training encodes a document, and divided into pieces where it is longer than the model's context.
+Texts do not see each other.
 """
 
 import math
