@@ -205,8 +205,8 @@ def _layouts() -> list[str]:
         "",
         paragraph(
             "With 128,256 instead of 69,104 tokens a 7B has 0.48 B parameters more. Half of them belong to the head",
-            "and add computation; the other half are embeddings, which add none. `--dry_run --suggest` also lists layouts",
-            "that are hardly slower and simpler, such as `zero2`.",
+            "and add computation; the other half are embeddings, which add none. `--dry_run --suggest` also lists",
+            "layouts that are hardly slower and simpler, such as `zero2`.",
         ),
     ]
 

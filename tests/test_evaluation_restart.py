@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from colossal_llama2.cli.evaluation_flags import evaluation_parser
 from colossal_llama2.errors import UserError
 from colossal_llama2.evaluation.icl_task import IclTask
 from colossal_llama2.evaluation.run import run
@@ -92,6 +93,11 @@ def test_a_flag_without_effect_is_refused(tasks, more, message, model_dir):
     flags = dict.fromkeys(("data_dir", "num_fewshot", "seed", "output_file", "write_card"))
     with pytest.raises(UserError, match=message):
         EvaluationSettings.from_flags({**flags, "model_path": [str(model_dir)], "tasks": tasks, **more})
+
+
+def test_the_help_has_each_default_once():
+    words = " ".join(evaluation_parser().format_help().split())
+    assert "memory allow (default: auto) --output_file" in words and "items of icl (default: 0) how:" in words
 
 
 def test_the_probe_has_as_many_items_as_the_limit():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from colossal_llama2.errors import UserError
+from colossal_llama2.errors import RunError, UserError, reason
 from colossal_llama2.evaluation import ranks
 from colossal_llama2.evaluation.card import write_card
 from colossal_llama2.evaluation.compute import Record, records_of
@@ -135,16 +135,18 @@ class _Job:
 
     def _open(self, device: str) -> int:
         """Open --output_file on rank 0. Returns how many items are done, or raises the error of rank 0 on all ranks."""
-        problem = None
+        problem, is_mistake = None, True
         if self._file is not None and is_first_rank():
             try:
                 self._file.open(f"{self._settings.dtype} on {device}")
                 self._records = self._earlier_records()
             except UserError as error:
                 problem = str(error)
-        problem, done = ranks.gathered([problem, len(self._records)])[0]
+            except OSError as error:
+                problem, is_mistake = reason(error), False
+        problem, is_mistake, done = ranks.gathered([problem, is_mistake, len(self._records)])[0]
         if problem is not None:
-            raise UserError(problem)
+            raise UserError(problem) if is_mistake else RunError(problem)
         return done
 
     def _evaluate(self, model: Model, device: "torch.device", skip: int) -> None:
