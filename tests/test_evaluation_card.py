@@ -27,7 +27,7 @@ def results(share: float) -> list[Result]:
     """Those of two tasks."""
     accuracy, bits = Score(share, 0.01, 280), Score(1.23456, 0.004, 12)
     return [
-        Result("m", "cmmlu", "accuracy", 5, accuracy, {}, {}, 0.25, 1, 1.0, {}),
+        Result("m", "cmmlu", "accuracy", 5, accuracy, {}, {}, 0.25, 1, 1.0, {}, (5, 5)),
         Result("m", "bits_per_byte <a>|b", "bits per byte", None, bits, {}, {}, None, 1, 1.0, {}),
     ]
 
@@ -59,12 +59,33 @@ def test_a_later_evaluation_replaces_its_own_part_only():
     assert with_results(with_results("", results(0.2)), results(0.2)) == with_results("", results(0.2))
 
 
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_the_rest_of_a_card_stays_as_it_is(line_end, tmp_path):
+    """With other ends of lines, and characters that some programs take for ends of lines."""
+    body = "# A\u2028title\x0c" + line_end + line_end + "a\x85b" + line_end + "c"
+    content = CARD.replace("# Continued pre-training of llama-2-7b\n\nSome text.\n", "").replace("\n", line_end) + body
+    content = content.replace("---", "--- ")
+    (tmp_path / "README.md").write_bytes(content.encode())
+    check_card(str(tmp_path))
+    for share in (0.2, 0.3):
+        write_card(tmp_path, results(share))
+    text = (tmp_path / "README.md").read_bytes().decode()
+    assert f"\n---\n\n{body}\n\n<!-- evaluation: begin -->" in text and text.startswith("---\n")
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert (front["base_model"], front["tags"], front["model-index"][0]["name"]) == ("llama-2-7b", ["llama"], "m")
+    assert text.count("## Evaluation on tasks") == 1 and "30.0%" in text
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
         (b"---\nbase_model: a\n", "README.md:1: its front matter does not end"),
         ("---\n---\n接着".encode("gb18030"), "README.md is not UTF-8 at byte 9"),
         (b"<!-- evaluation: begin -->\n", "has only one of"),
+        (
+            b"<!-- evaluation: end -->\n<!-- evaluation: begin -->\n",
+            "must have .* begin --> once, and behind it .* end",
+        ),
     ],
 )
 def test_a_card_that_cannot_be_used_is_reported_first(content, message, tmp_path):

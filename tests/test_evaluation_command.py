@@ -1,5 +1,6 @@
 """python -m colossal_llama2.evaluation: its figures against plain transformers, restarts, ranks, files and mistakes."""
 
+import fcntl
 import json
 import math
 import os
@@ -9,17 +10,18 @@ import sys
 import pytest
 import torch
 
-from colossal_llama2.errors import RunError
+from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.evaluation.batching import Room, batches_of
 from colossal_llama2.evaluation.compute import records_of
 from colossal_llama2.evaluation.icl_task import IclTask
-from colossal_llama2.evaluation.question_task import QuestionTask
+from colossal_llama2.evaluation.question_task import QuestionTask, letter_of
 from colossal_llama2.evaluation.results import result_of
 from colossal_llama2.evaluation.sets.registry import SETS
 from colossal_llama2.evaluation.task import Row
 from colossal_llama2.evaluation.text_task import TextTask
 from colossal_llama2.inference.loading import load_model
 from colossal_llama2.inference.streaming import TextStream
+from colossal_llama2.task_names import SET_NAMES
 from tests import evaluation_files, fork_server, tiny
 from tests.byte_level import make_byte_level
 from tests.conftest import ROOT
@@ -142,6 +144,13 @@ def test_examples_are_dropped_from_the_front_where_the_context_is_full(loaded, s
     assert result_of("m", task, found).notes == {"prompts with fewer examples": len(dropped)}
 
 
+@pytest.mark.parametrize("name, context", [("gsm8k", 256), ("agieval", 20), ("mmlu", 1)])
+def test_a_context_without_room_for_a_question_is_refused(loaded, sets, name, context, monkeypatch):
+    monkeypatch.setattr(loaded[0].config, "max_position_embeddings", context)
+    with pytest.raises(UserError, match=f"{name}: an answer has up to .* and the model's context {context}, so no"):
+        records(loaded, read(name, sets))
+
+
 def test_random_weights_are_at_chance_in_the_probe(loaded):
     task = IclTask(seed=1, limit=90)
     score = result_of("m", task, records(loaded, task))
@@ -187,7 +196,7 @@ def test_bits_per_byte_are_the_sum_over_plain_logits(loaded, sets):
     assert result_of("m", task, found).score.value == pytest.approx(total / size)
 
 
-def test_a_text_that_is_longer_than_the_context_is_cut(loaded, sets):
+def test_a_text_that_is_longer_than_the_context_is_divided(loaded, sets):
     model, _, _ = loaded
     task = TextTask(sets / "held_out.jsonl", limit=None)
     before, whole = model.config.max_position_embeddings, records(loaded, task)
@@ -227,6 +236,21 @@ def test_batches_hold_what_there_is_room_for():
     assert [len(batch.rows) for batch in batches_of(rows, Room(None, 1000, 90), new_tokens=1)] == [2, 2, 1]
 
 
+@pytest.mark.parametrize(
+    "text, letter",
+    [
+        (" B", "B"),
+        ("(C).", "C"),
+        ("答案是D。", "D"),
+        ("Because of DNA, the USA and CO2, B3 is no letter, but A is.", "A"),
+        ("ABCD", None),
+        ("iPadB", None),
+    ],
+)
+def test_the_letter_of_an_answer_is_no_part_of_a_word(text, letter):
+    assert letter_of(text) == letter
+
+
 # The command.
 
 
@@ -235,7 +259,9 @@ def evaluate(sets, model_dir, byte_level_dir):
     """Run the command in a fork."""
 
     def run(*arguments, **options) -> subprocess.CompletedProcess:
-        command = [*COMMAND, "--model_path", model_dir, byte_level_dir, "--data_dir", sets, *arguments]
+        command = [*COMMAND, "--model_path", model_dir, byte_level_dir, *arguments]
+        tasks = command[command.index("--tasks") + 1].split(",")
+        command += ["--data_dir", sets] if not set(tasks).isdisjoint(SET_NAMES) else []
         return fork_server.run(command, timeout=240, **options)
 
     return run
@@ -313,6 +339,17 @@ def test_two_ranks_have_the_numbers_of_one(finished, evaluate, sets, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_file_that_another_process_writes_ends_all_ranks_with_one_line(evaluate, tmp_path):
+    """Rank 0 alone opens it."""
+    path = tmp_path / "r.jsonl"
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = evaluate("--tasks", "icl", "--limit", "3", "--output_file", path, ranks=2)
+    assert done.returncode != 0 and done.stderr.count("r.jsonl: another process is writing it") == 1, done.stderr
+    assert "Traceback" not in done.stderr and "gloo" not in done.stderr.lower()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags, words",
     [
@@ -324,6 +361,7 @@ def test_two_ranks_have_the_numbers_of_one(finished, evaluate, sets, tmp_path):
         (["--tasks", "mmlu=nowhere"], "there is no folder nowhere; give mmlu=PATH"),
         (["--tasks", "mmlu,gaokao", "--batch_size", "0"], "auto, or a whole number of at least 1, allowed"),
         (["--tasks", "icl", "--output_file", "r.json"], "a name that ends with .jsonl is needed"),
+        (["--tasks", "bits_per_byte=."], "bits_per_byte=.: is a folder; give a jsonl file of texts"),
         (["--tasks", "icl", "--device", "tpu"], "cpu, cuda or cuda:N allowed"),
     ],
 )

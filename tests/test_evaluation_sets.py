@@ -1,19 +1,26 @@
 """The files of evaluation sets: what is read of each, how it is asked, and the error for what cannot be used."""
 
 import json
+import re
+import shutil
 
 import pytest
 
 from colossal_llama2.errors import UserError
+from colossal_llama2.evaluation.card import with_results
+from colossal_llama2.evaluation.question_task import QuestionTask
+from colossal_llama2.evaluation.report import print_results
+from colossal_llama2.evaluation.results import result_of
 from colossal_llama2.evaluation.sets.gsm8k import final_number
 from colossal_llama2.evaluation.sets.registry import SETS
 from colossal_llama2.evaluation.tasks import by_turns
+from colossal_llama2.evaluation.text_task import TextTask
 from colossal_llama2.task_names import SET_NAMES
 from tests import evaluation_files
 
 PROMPTS = {
     "mmlu": (
-        "The following are multiple choice questions (with answers) about agronomy.\n\n"
+        "The following are multiple choice questions (with answers) about  agronomy.\n\n"
         "Which of these numbers follows 50 in agronomy when one counts on when one counts on?\n"
         "A. 51\nB. 52\nC. 53\nD. 54\nAnswer: C\n\n"
         "Which of these numbers follows 0 in agronomy?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:"
@@ -31,9 +38,9 @@ PROMPTS = {
         "Which of these numbers follows 0 in logic?\nA. 1\nB. 2\nC. 3\nD. 4\n答案："
     ),
     "agieval": (
-        "以下是考试中各个问题的答案。\n\n"
-        "问题 1.   What is 21?\n从以下选项中选择:    (A)21 (B)22 (C)23 (D)24\n答案是 B\n\n"
-        "问题 2.   What is 1?\n从以下选项中选择:    (A)1 (B)2 (C)3 (D)4\n答案是"
+        "以下是考试中各个问题的答案。\n"
+        "问题 1.    What is 21?\n从以下选项中选择:    (A)21 (B)22 (C)23 (D)24\n答案是 B\n\n"
+        "问题 2.    What is 1?\n从以下选项中选择:    (A)1 (B)2 (C)3 (D)4\n答案是"
     ),
     "gaokao": (
         "以下是中国高考数学的单项选择题，请直接给出正确答案的选项。\n\n"
@@ -61,6 +68,70 @@ def test_a_set_is_read_and_asked(name, tmp_path):
     assert (len(found.questions), found.left_out) == (COUNTS[name], LEFT_OUT.get(name, {}))
 
 
+def test_examples_that_cannot_be_used_are_counted_and_a_task_without_one_is_refused(tmp_path, caplog):
+    path = evaluation_files.write_agieval(tmp_path) / "few_shot_prompts.csv"
+    kind = SETS["agieval"]
+    caplog.set_level("INFO")
+    replace(path, "'label': 'B'", "'label': ['A', 'B']")
+    found = kind.read(tmp_path, 5)
+    assert found.examples_left_out == {"with several right answers": 1}
+    assert sorted(len(examples) for examples in found.examples.values()) == [2, 3]
+    QuestionTask("agieval", kind, found, 5)
+    assert "agieval: 1 example with several right answers left out" in caplog.text
+    path.write_text(re.sub("'label': '[ABCD]'", "'label': ['A', 'B']", path.read_text()))
+    with pytest.raises(UserError, match=r"few_shot_prompts.csv:1: the column \S+ has no example with four choices and"):
+        kind.read(tmp_path, 5)
+
+
+def test_a_task_without_passages_has_the_examples_of_the_other_without_theirs(tmp_path):
+    evaluation_files.write_agieval(tmp_path)
+    path = tmp_path / "few_shot_prompts.csv"
+    path.write_text(path.read_text().replace("logiqa-en", "sat-en").replace("'passage': None", "'passage': 'Read.'"))
+    (tmp_path / "v1" / "logiqa-en.jsonl").rename(tmp_path / "v1" / "sat-en.jsonl")
+    evaluation_files.write_lines(
+        tmp_path / "v1" / "sat-en-without-passage.jsonl", [evaluation_files.agieval_record(number) for number in (0, 1)]
+    )
+    examples = SETS["agieval"].read(tmp_path, 5).examples
+    with_passage, without = examples["sat-en"], examples["sat-en-without-passage"]
+    assert [example.text for example in without] == [example.text for example in with_passage] != []
+    assert {example.passage for example in with_passage} == {"Read."}
+    assert {example.passage for example in without} == {""}
+
+
+@pytest.mark.parametrize("least, shown", [(5, "5"), (2, "2-5")])
+def test_the_table_and_the_card_have_the_examples_that_questions_had(least, shown, tmp_path, capsys):
+    kind = SETS["gsm8k"]
+    task = QuestionTask("gsm8k", kind, kind.read(evaluation_files.write_gsm8k(tmp_path), 5), 5)
+    records = [
+        {
+            **{
+                "item": n,
+                "subject": "gsm8k",
+                "examples": least if n else 5,
+                "is_correct": True,
+                "tokens": 9,
+                "seconds": 1,
+            }
+        }
+        | {"is_cut": n > 1, "new_tokens": 256 if n > 1 else 7}
+        for n in range(4)
+    ]
+    result = result_of("m", task, records)
+    assert result.notes == {"answers cut at 256 tokens": 2}
+    print_results([result], by_subject=False)
+    assert capsys.readouterr().out.splitlines()[1].split()[:4] == ["m", "gsm8k", shown, "4"]
+    assert f"gsm8k ({shown}-shot)" in with_results("", [result])
+
+
+def test_texts_without_a_token_to_predict_are_counted(tmp_path):
+    evaluation_files.write_lines(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b"}])
+    records = [
+        {"item": n, "subject": "", "bits": n, "bytes": n, "predicted": n, "tokens": 1 + n, "seconds": 1} for n in (0, 1)
+    ]
+    notes = result_of("m", TextTask(tmp_path / "a.jsonl", None), records).notes
+    assert notes == {"texts without a token to predict": 1}
+
+
 def test_an_english_task_of_agieval_has_its_own_words(tmp_path):
     found = SETS["agieval"].read(evaluation_files.write_agieval(tmp_path), 0)
     asked = next(question for question in found.questions if question.subject == "logiqa-en")
@@ -80,6 +151,11 @@ def replace(path, old: str, new: str) -> None:
     text = path.read_text(encoding="utf-8")
     assert old in text
     path.write_text(text.replace(old, new, 1), encoding="utf-8")
+
+
+def make_folder(path) -> None:
+    path.unlink()
+    path.mkdir()
 
 
 def end_early(path) -> None:
@@ -106,7 +182,7 @@ BROKEN = {
         "cmmlu",
         "test/agronomy.csv",
         lambda path: replace(path, "D,Answer", "D,E,Answer"),
-        "agronomy.csv:1: the columns are",
+        "agronomy.csv:1: the columns are (no name), Question, A",
     ),
     "a column less": (
         "ceval",
@@ -120,7 +196,68 @@ BROKEN = {
         lambda path: replace(path, ",4,A", ",A"),
         "logical.csv:2: 6 cells, and the header has 7",
     ),
-    "an empty file": ("cmmlu", "test/logical.csv", lambda path: path.write_text(""), "logical.csv: is empty"),
+    "an empty file": ("cmmlu", "test/logical.csv", lambda path: path.write_text(""), "logical.csv:1: is empty"),
+    "an empty jsonl": (
+        "agieval",
+        "v1/logiqa-en.jsonl",
+        lambda path: path.write_text(""),
+        "logiqa-en.jsonl:1: is empty",
+    ),
+    "a blank jsonl": (
+        "gsm8k",
+        "test.jsonl",
+        lambda path: path.write_text("\n\n"),
+        "test.jsonl:1: has only blank lines",
+    ),
+    "a folder in place of a file": ("gsm8k", "test.jsonl", make_folder, "test.jsonl: is a folder, not a regular file"),
+    "a folder in place of a dev file": (
+        "cmmlu",
+        "dev/logical.csv",
+        make_folder,
+        "logical.csv: is a folder, not a regular file",
+    ),
+    "a file in place of a folder": (
+        "mmlu",
+        "test",
+        lambda path: (shutil.rmtree(path), path.write_text("")),
+        "test: is a file, not a folder",
+    ),
+    "blank cells alone": (
+        "mmlu",
+        "test/logical_test.csv",
+        lambda path: path.write_text(",,,,,\n,,,,,\n"),
+        "logical_test.csv:1: has only blank cells",
+    ),
+    "blank rows alone": (
+        "ceval",
+        "val/logic_val.csv",
+        lambda path: path.write_text(",,,\n\n"),
+        "logic_val.csv:1: has only blank cells",
+    ),
+    "blank dev rows alone": (
+        "cmmlu",
+        "dev/logical.csv",
+        lambda path: path.write_text(",,\n"),
+        "logical.csv:1: has only blank cells",
+    ),
+    "blank examples alone": (
+        "agieval",
+        "few_shot_prompts.csv",
+        lambda path: path.write_text(",,,,\n"),
+        "few_shot_prompts.csv:1: has only blank cells",
+    ),
+    "an example with a list as a key": (
+        "agieval",
+        "few_shot_prompts.csv",
+        lambda path: replace(path, path.read_text().split('"')[1], "{[]: 1}"),
+        "few_shot_prompts.csv:2 (logiqa-en): is not an example",
+    ),
+    "items twice": (
+        "gaokao",
+        "Data/Objective_Questions/2010-2022_Math_I_MCQs.json",
+        lambda path: path.write_text('{"example": [1],\n"example": [{"question": "a", "answer": ["A"]}, 2]}'),
+        'MCQs.json:2: has "example" a second time',
+    ),
     "a header alone": (
         "cmmlu",
         "test/logical.csv",
@@ -163,6 +300,18 @@ BROKEN = {
         "few_shot_prompts.csv",
         lambda path: path.unlink(),
         "few_shot_prompts.csv: there is no such file",
+    ),
+    "a task without examples": (
+        "agieval",
+        "few_shot_prompts.csv",
+        lambda path: replace(path, ",jec-qa-kd", ",jec-qa-xy"),
+        "few_shot_prompts.csv:1: has no column jec-qa-kd",
+    ),
+    "an example without a label": (
+        "agieval",
+        "few_shot_prompts.csv",
+        lambda path: path.write_text(path.read_text().replace("'label'", "'answer'")),
+        "few_shot_prompts.csv:2 (jec-qa-kd)",
     ),
     "code for an example": (
         "agieval",

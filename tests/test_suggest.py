@@ -23,6 +23,7 @@ from colossal_llama2.train.forecast import failures, layouts, speed
 from colossal_llama2.train.forecast.activations import ModelShape
 from colossal_llama2.train.forecast.memory import loss_memory, rank_memory
 from colossal_llama2.train.forecast.suggestion import needed_gib, suggest
+from colossal_llama2.train.settings import flag_problems
 from colossal_llama2.train.settings.from_flags import resolve
 from tests import fake_world, fork_server, scaling_page
 from tests.conftest import ROOT
@@ -70,6 +71,23 @@ def test_all_about_one_model(capsys):
     assert "memory per rank, GiB (64 x GPU)" in out and "sending, data" in out
 
 
+def test_the_step_is_the_real_one(capsys):
+    """64 ranks with a sample of 4,096 tokens each have 0.26 M tokens at least."""
+    out = printed(capsys, "--model_size", "7b", "--num_ranks", 64, "--step_tokens", 1000)
+    assert ", steps of 0.26 M tokens" in out
+    with pytest.raises(UserError, match="--tokens 100000: less than one step, which has 262,144 tokens; give more"):
+        printed(capsys, "--model_size", "7b", "--num_ranks", 64, "--step_tokens", 1000, "--tokens", 1e5)
+
+
+def test_the_memory_of_hosts_is_named(capsys):
+    out = " ".join(printed(capsys, "--model_size", "7b", "--num_ranks", 64).split())
+    # Master weights and moments in float32, 12 bytes of each parameter, of an eighth of 64 ranks.
+    needed = round(7.0424e9 * 12 / 8 / 2**30)
+    (found,) = re.findall(r"host's memory, which is not compared with any host: (.*?) cheapest", out)
+    zero2_cpu = re.search(r"zero2_cpu (\d+)", found)
+    assert int(zero2_cpu[1]) == pytest.approx(needed, abs=1)
+
+
 def test_the_suggested_flags_are_accepted(capsys, model_dir, tmp_path, monkeypatch):
     """What is printed for a folder with only a config.json is a command that a dry run accepts."""
     monkeypatch.chdir(tmp_path)
@@ -80,6 +98,15 @@ def test_the_suggested_flags_are_accepted(capsys, model_dir, tmp_path, monkeypat
     cheapest = re.search(r"^cheapest:\n((?:  --.*\n)+)", out, re.MULTILINE)[1].split()
     args = ["--pretrained", "model", "--benchmark", "--num_samples", "1000", "--dry_run", "--num_ranks", "4", *cheapest]
     assert resolve(train_flags.train_parser().parse_args(args)).engine.accumulation_steps >= 1
+
+
+def test_pickled_weights_are_no_obstacle(capsys, model_dir, tmp_path):
+    """They are never read, and the folder of an original LLaMA may have nothing else."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_bytes((model_dir / "config.json").read_bytes())
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"")
+    out = printed(capsys, "--pretrained", tmp_path / "model", "--num_ranks", 2, "--max_length", 64)
+    assert "cheapest:" in out
 
 
 def test_what_does_not_fit_is_reported(capsys):
@@ -96,6 +123,10 @@ def test_what_does_not_fit_is_reported(capsys):
         ("--dry_run --suggest --model_size 7b --pretrained m", "takes the place of --pretrained m; give one"),
         ("--dry_run --suggest --plugin zero2 --tp 2", "--tp 2 has no effect with --suggest, which compares all"),
         ("--dry_run --suggest --dataset d", "has no effect with --suggest, which reads no data"),
+        ("--dry_run --suggest --save_dir s", "--save_dir s has no effect with --suggest, which writes nothing"),
+        ("--dry_run --suggest --lr 1e-4", "--lr 0.0001 has no effect with --suggest, since it changes neither"),
+        ("--dry_run --suggest --bucketed", "--bucketed has no effect with --suggest, which reads no data"),
+        ("--dry_run --suggest --eval_interval 3", "--eval_interval 3 has no effect with --suggest, which evaluates"),
         ("--dry_run --suggest --mixed_precision fp32", "--mixed_precision fp32 is for tests"),
         ("--dry_run --suggest --train_new_rows_only", "--train_new_rows_only needs --pretrained"),
         ("--dry_run --suggest --pretrained nowhere", "--pretrained nowhere: no such folder"),
@@ -107,6 +138,15 @@ def test_mistakes_are_one_line(given, named, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=re.escape(named)) as error:
         start._dry_run(train_flags.train_parser().parse_args(given.split()))
     assert "\n" not in str(error.value)
+
+
+def test_every_flag_has_an_effect_or_is_refused():
+    used = {"pretrained", "max_length", "mixed_precision", "use_flash_attn", "use_grad_checkpoint", "chunked_loss"}
+    used |= {"train_new_rows_only", "freeze_non_embeds_params", "lora_rank", "lora_targets", "lora_dropout"}
+    used |= {"gradient_clipping", "dry_run", "suggest", "num_ranks", "model_size", "vocab_size", "gpu", "tokens"}
+    used |= {"step_tokens", "gpu_hour_price", "storage_gb_per_s", "load_config"}
+    assert used | flag_problems._NOT_SUGGESTED.keys() == train_flags.train_sft_parser().traits.keys()
+    assert not used & flag_problems._NOT_SUGGESTED.keys()
 
 
 def test_a_mistake_ends_the_command(run_script, assert_user_error, tmp_path):
@@ -224,6 +264,26 @@ def test_rank_0_of_64_holds_what_is_forecast():
     # Both are offloaded to a host whose memory is real.
     for name in ("zero2_cpu: not built: NotImplementedError", "gemini_auto: not built: "):
         assert f"\n{name}" in done.stdout
+
+
+@pytest.mark.parametrize("name, code", [("3d sp2 zero2", 1), ("zero2_cpu", 0)])
+def test_only_layouts_that_offload_may_fail_to_be_built(name, code, monkeypatch, capsys):
+    """The first one is none of those that are built by default."""
+
+    def fail(settings, planned):
+        raise RuntimeError("not here")
+
+    monkeypatch.setattr(fake_world, "prepare", lambda: None)
+    monkeypatch.setattr(fake_world, "world", lambda ranks: contextlib.nullcontext())
+    monkeypatch.setattr(fake_world, "held_bytes", fail)
+    assert fake_world.main(["--only", name]) == code
+    assert f"{name}: not built: RuntimeError" in capsys.readouterr().out
+
+
+def test_a_layout_that_does_not_exist_is_refused(capsys):
+    with pytest.raises(SystemExit) as end:
+        fake_world.main(["--only", "zero2", "zero9"])
+    assert end.value.code == 2 and "--only zero9: no layout begins so; give one of" in capsys.readouterr().err
 
 
 def test_a_layout_that_holds_something_else_fails(monkeypatch, capsys):

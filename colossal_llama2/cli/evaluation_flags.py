@@ -6,7 +6,6 @@ from colossal_llama2.cli.value_types import auto_or_count, non_negative_int, pos
 from colossal_llama2.task_names import TASK_NAMES
 
 COMMAND = "python -m colossal_llama2.evaluation"
-AUTO = 0
 
 
 def evaluation_parser() -> CommandParser:
@@ -54,9 +53,11 @@ def _add_measured(parser: CommandParser) -> None:
         metavar="N",
         type=positive_int,
         default=None,
-        help="at most N items of each task, taken from its subjects by turns (default: all; 300 of icl)",
+        help="at most N items of each task, taken from its subjects by turns; of icl, exactly N (default: all; 300 of "
+        "icl)",
     )
-    group.add("--seed", metavar="N", type=seed_number, default=0, help="seed of the items of icl")
+    # None, so that one that was given without icl can be refused.
+    group.add("--seed", metavar="N", type=seed_number, default=None, help="seed of the items of icl (default: 0)")
 
 
 def _add_how(parser: CommandParser) -> None:
@@ -72,7 +73,7 @@ def _add_how(parser: CommandParser) -> None:
         "--batch_size",
         metavar="N|auto",
         type=auto_or_count,
-        default=AUTO,
+        default=None,
         help="items that are computed together; auto: as many as their lengths and the memory allow (default: auto)",
     )
     group.add(

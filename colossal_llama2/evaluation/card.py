@@ -49,29 +49,39 @@ def _read(path: Path) -> str:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{FLAG}: {path} is not UTF-8 at byte {error.start + 1:,}; convert it")
-    lines = text.splitlines()
-    if lines[:1] == [BORDER] and BORDER not in lines[1:]:
+    if len(_borders(text.split("\n"))) == 1:
         raise UserError(f"{FLAG}: {path}:1: its front matter does not end; correct it")
     if (BEGIN in text) != (END in text):
         raise UserError(f"{FLAG}: {path} has only one of {BEGIN} and {END}; correct it")
+    if BEGIN in text and (text.count(BEGIN) > 1 or text.count(END) > 1 or text.index(END) < text.index(BEGIN)):
+        raise UserError(f"{FLAG}: {path} must have {BEGIN} once, and behind it {END} once; correct it")
     return text
+
+
+def _borders(lines: Sequence[str]) -> list[int]:
+    """Where the front matter begins and ends; empty if there is none."""
+    # Spaces behind a border and the carriage returns of Windows do not count.
+    if lines[0].rstrip() != BORDER:
+        return []
+    return [place for place, line in enumerate(lines) if line.rstrip() == BORDER][:2]
 
 
 def with_results(card: str, results: Sequence[Result]) -> str:
     """The text of a card with these results, which replace those of an earlier evaluation."""
-    lines = card.splitlines()
+    # Not splitlines, which would also change other separators and carriage returns.
+    lines = card.split("\n")
     matter: list[str] = []
-    if lines[:1] == [BORDER]:
-        end = lines.index(BORDER, 1)
+    if borders := _borders(lines):
+        _, end = borders
         matter, lines = lines[1:end], lines[end + 1 :]
     new = front_matter({INDEX: [model_index(results)]}).splitlines()[1:-1]
     head = "\n".join([BORDER, *_without_entry(matter, INDEX), *new, BORDER])
-    body = "\n".join(lines).strip("\n")
+    body = "\n".join(lines).strip("\r\n")
     if BEGIN in body:
         before, after = body.partition(BEGIN)[0], body.partition(END)[2]
         body = f"{before}{_section(results)}{after}"
     else:
-        body = f"{body}\n\n{_section(results)}".strip("\n")
+        body = f"{body}\n\n{_section(results)}".strip("\r\n")
     return f"{head}\n\n{body}\n"
 
 
@@ -79,7 +89,7 @@ def _without_entry(lines: Sequence[str], key: str) -> list[str]:
     """The lines of YAML without a top-level entry."""
     kept, is_inside = [], False
     for line in lines:
-        if line[:1] not in (" ", "-", ""):
+        if line.rstrip()[:1] not in (" ", "-", ""):
             is_inside = line.partition(":")[0].strip("\"'") == key
         if not is_inside:
             kept.append(line)
@@ -102,7 +112,7 @@ def model_index(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def _named(result: Result) -> str:
-    return result.task if result.num_fewshot is None else f"{result.task} ({result.num_fewshot}-shot)"
+    return f"{result.task} ({result.shots}-shot)" if result.shots else result.task
 
 
 def _value(result: Result) -> float:

@@ -1,4 +1,4 @@
-"""A probe of in-context learning that needs no data: a model that only knows its language cannot answer it.
+"""A probe of in-context learning that needs no data: the answers follow from the context alone, not from any language.
 
 Held-out loss may stay the same while a model loses the ability to use its context (Elhady, Agirre and Artetxe 2025,
 "Emergent Abilities of Large Language Models under Continued Pretraining for Language Adaptation"). All items are made
@@ -52,7 +52,7 @@ class IclTask:
 
     def __init__(self, *, seed: int, limit: int | None):
         self._seed = seed
-        self.subjects = [KINDS[number % len(KINDS)] for number in range(min(limit or ITEMS, ITEMS))]
+        self.subjects = [KINDS[number % len(KINDS)] for number in range(limit or ITEMS)]
         self.left_out: dict[str, int] = {}
 
     @property

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 # Most tokens of an answer.
 NEW_TOKENS = {CHOICE: 1, COMBINED: 32, FINAL_NUMBER: 256}
-# The letter of an answer: the first that no small letter is beside, as in "(B)" and "答案是B", but not in "Because".
-LETTER = re.compile(r"(?<![a-z])[A-D](?![a-z])")
+# The letter of an answer: the first that is no part of a word, as in "(B)" and "答案是B", not in "Because" or "CO2".
+LETTER = re.compile(r"(?<![A-Za-z])[A-D](?![A-Za-z0-9])")
 
 
 class QuestionTask:
@@ -43,6 +43,8 @@ class QuestionTask:
         self._examples = {
             subject: list(found.examples.get(subject, ()))[:num_fewshot] for subject in dict.fromkeys(self.subjects)
         }
+        for reason, count in found.examples_left_out.items():
+            get_logger().info(f"{name}: {counted(count, 'example')} {reason} left out")
         fewer = [subject for subject, examples in self._examples.items() if len(examples) < num_fewshot]
         if fewer:
             most = max(len(self._examples[subject]) for subject in fewer)
@@ -74,6 +76,13 @@ class _Prepared:
     ):
         self._model, self._tokenizer, self._kind, self._questions = model, tokenizer, kind, questions
         self.new_tokens = NEW_TOKENS[kind.metric]
+        context = positions_of(model.config)
+        if context <= self.new_tokens:
+            raise UserError(
+                f"{name}: an answer has up to {counted(self.new_tokens, 'token')}, and the model's context {context}, "
+                "so no question fits; leave it out"
+            )
+        self._room = context - self.new_tokens
         self._choices: ChoiceTokens | None = None
         if kind.metric != FINAL_NUMBER:
             first = questions[0]
@@ -86,7 +95,7 @@ class _Prepared:
 
     def _row(self, number: int, question: Question, examples: list[Question]) -> Row:
         """A prompt that fits the model's context: without as many of the first examples as needed, or cut in front."""
-        room = positions_of(self._model.config) - self.new_tokens
+        room = self._room
         suffix = self._choices.suffix if self._choices else ""
         for dropped in range(len(examples) + 1):
             kept = examples[dropped:]
@@ -118,11 +127,11 @@ class _Prepared:
         return {"logits": scores, "choice": choice, "answer": answer, "is_correct": choice == answer}
 
     def _combined(self, rows: Sequence[Row], shared: "SharedStates | None") -> list[dict[str, Any]]:
-        texts, first, _ = self._generated(rows, shared, lambda text: _letter_of(text, is_whole=False) is not None)
+        texts, first, _ = self._generated(rows, shared, lambda text: letter_of(text, is_whole=False) is not None)
         found = []
         for row, text, scores in zip(rows, texts, self._letters(first), strict=True):
             record = self._chosen(row, scores)
-            by_logits, by_text = record.pop("is_correct"), _letter_of(text) == record["answer"]
+            by_logits, by_text = record.pop("is_correct"), letter_of(text) == record["answer"]
             found.append(
                 {
                     **record,
@@ -176,7 +185,7 @@ class _Prepared:
         return [text + stream.end() for text, stream in zip(texts, streams, strict=True)], first[0], counts
 
 
-def _letter_of(text: str, *, is_whole: bool = True) -> str | None:
+def letter_of(text: str, *, is_whole: bool = True) -> str | None:
     """The letter of an answer; of one that is not whole, only if what follows cannot change it."""
     found = LETTER.search(text)
     return found[0] if found and (is_whole or found.end() < len(text)) else None

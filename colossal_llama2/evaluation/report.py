@@ -29,8 +29,7 @@ def print_results(results: Sequence[Result], *, by_subject: bool) -> None:
 
 
 def _row(result: Result, name: str, score: Score, speed: str = "") -> Sequence[str]:
-    shots = "" if result.num_fewshot is None else str(result.num_fewshot)
-    return (result.model, name, shots, f"{score.items:,}", result.metric, *figures(result, score), speed)
+    return (result.model, name, result.shots, f"{score.items:,}", result.metric, *figures(result, score), speed)
 
 
 def _notes(results: Sequence[Result]) -> Iterator[str]:

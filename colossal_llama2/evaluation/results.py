@@ -23,7 +23,7 @@ class Result:
 
     Attributes:
         metric: `task.ACCURACY` or `task.BITS`.
-        num_fewshot: examples before each question; None for a task without questions.
+        num_fewshot: examples that were asked for before each question; None for a task without questions.
         score: over all items.
         subjects: of each subject, by name.
         parts: of a combined metric, its parts; empty for others.
@@ -31,6 +31,7 @@ class Result:
         tokens: of all prompts or texts.
         seconds: that computing them took, loading not counted.
         notes: counts of what was left out, dropped or cut.
+        examples: the least and the most that a question has; None for a task without questions.
     """
 
     model: str
@@ -44,6 +45,12 @@ class Result:
     tokens: int
     seconds: float
     notes: Mapping[str, int]
+    examples: tuple[int, int] | None = None
+
+    @property
+    def shots(self) -> str:
+        """How many examples the questions have, such as "5" or "3-5"; "" for a task without questions."""
+        return "" if self.examples is None else "-".join(map(str, dict.fromkeys(self.examples)))
 
     @property
     def tokens_per_second(self) -> float:
@@ -67,10 +74,7 @@ def result_of(model: str, task: Task, records: Sequence[Mapping[str, Any]]) -> R
     chances = [record["chance"] for record in records if "chance" in record]
     if task.metric != BITS and "logits" in records[0] and not chances and not parts:
         chances = [1 / len(record["logits"]) for record in records]
-    notes = {f"items {reason}": count for reason, count in task.left_out.items()}
-    for name, noun in (("dropped_examples", "prompts with fewer examples"), ("cut_tokens", "prompts cut in front")):
-        count = sum(bool(record.get(name)) for record in records)
-        notes |= {noun: count} if count else {}
+    shots = [record["examples"] for record in records if "examples" in record]
     return Result(
         model,
         task.name,
@@ -82,8 +86,22 @@ def result_of(model: str, task: Task, records: Sequence[Mapping[str, Any]]) -> R
         math.fsum(chances) / len(chances) if chances else None,
         sum(record["tokens"] for record in records),
         round(math.fsum(record["seconds"] for record in records), 3),
-        notes,
+        _notes(task, records),
+        (min(shots), max(shots)) if shots else None,
     )
+
+
+def _notes(task: Task, records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Counts of what was left out, dropped or cut, without those that are 0."""
+    cut = max((record["new_tokens"] for record in records if record.get("is_cut")), default=0)
+    counts = {
+        "prompts with fewer examples": sum(bool(record.get("dropped_examples")) for record in records),
+        "prompts cut in front": sum(bool(record.get("cut_tokens")) for record in records),
+        f"answers cut at {cut} tokens": sum(bool(record.get("is_cut")) for record in records),
+        "texts without a token to predict": sum(record.get("predicted") == 0 for record in records),
+    }
+    left_out = {f"items {reason}": count for reason, count in task.left_out.items()}
+    return left_out | {noun: count for noun, count in counts.items() if count}
 
 
 def _accuracy(records: Sequence[Mapping[str, Any]], name: str = "is_correct") -> Score:

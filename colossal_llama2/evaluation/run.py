@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from colossal_llama2.errors import RunError, UserError, reason
 from colossal_llama2.evaluation import ranks
 from colossal_llama2.evaluation.card import write_card
 from colossal_llama2.evaluation.compute import Record, records_of
@@ -76,15 +77,44 @@ class _Job:
         self._settings, self._tasks, self._models = settings, tasks, models
         self._items = sum(len(task.subjects) for task in tasks)
         self._decides: dict[str, Any] = {
-            "models": {model.name: model_digest(model.folder) for model in models},
-            "tasks": {task.name: _digest(task.definition) for task in tasks},
+            # Lists, since the order decides which line belongs to which model and task.
+            "models": [[model.name, model_digest(model.folder)] for model in models],
+            "tasks": [[task.name, _digest(task.definition)] for task in tasks],
             "dtype": None,
         }
         self._file: AnswerFile | None = None
         if settings.output_file is not None:
             count = self._items * len(models)
             self._file = AnswerFile(settings.output_file, self._decides, prompts=count, asked="item")
-        self._records: list[Record] = self._file.records() if self._file else []
+            self._check_precision(self._file.dtype, settings)
+        self._records = self._earlier_records()
+
+    def _check_precision(self, before: str | None, settings: EvaluationSettings) -> None:
+        """Raise a UserError, before torch is imported, for a file that was begun with another --dtype or --device."""
+        if before is None:
+            return
+        dtype, _, device = before.partition(" on ")
+        given = device if settings.device is None else settings.device.partition(":")[0]
+        if (dtype, device) != (settings.dtype, given):
+            raise UserError(
+                f"--output_file {settings.output_file} was begun with --dtype {before}, now {settings.dtype} on "
+                f"{given}; give a new file, or the same settings"
+            )
+
+    def _earlier_records(self) -> list[Record]:
+        """The records of an earlier command. Raises UserError if one belongs to another model or task than its line."""
+        if self._file is None:
+            return []
+        found = self._file.records()
+        places = ((model.name, task.name) for model in self._models for task in self._tasks for _ in task.subjects)
+        for number, (record, (model, task)) in enumerate(zip(found, places, strict=False), start=1):
+            given = record.get("model"), record.get("task")
+            if given != (model, task):
+                raise UserError(
+                    f"{self._settings.output_file}:{number}: is an item of {given[0]} and {given[1]}, and one of "
+                    f"{model} and {task} belongs there; give a new file"
+                )
+        return found
 
     @property
     def is_done(self) -> bool:
@@ -96,14 +126,28 @@ class _Job:
         device = loading.resolve_device(ranks.own_device(self._settings.device))
         with contextlib.ExitStack() as around:
             if self._file is not None and is_first_rank():
-                self._file.open(f"{self._settings.dtype} on {device.type}")
                 around.enter_context(contextlib.closing(self._file))
-                self._records = self._file.records()
-            done = ranks.gathered(len(self._records))[0]
+            done = self._open(device.type)
             for number, model in enumerate(self._models):
                 skip = min(max(done - number * self._items, 0), self._items)
                 if skip < self._items:
                     self._evaluate(model, device, skip)
+
+    def _open(self, device: str) -> int:
+        """Open --output_file on rank 0. Returns how many items are done, or raises the error of rank 0 on all ranks."""
+        problem, is_mistake = None, True
+        if self._file is not None and is_first_rank():
+            try:
+                self._file.open(f"{self._settings.dtype} on {device}")
+                self._records = self._earlier_records()
+            except UserError as error:
+                problem = str(error)
+            except OSError as error:
+                problem, is_mistake = reason(error), False
+        problem, is_mistake, done = ranks.gathered([problem, is_mistake, len(self._records)])[0]
+        if problem is not None:
+            raise UserError(problem) if is_mistake else RunError(problem)
+        return done
 
     def _evaluate(self, model: Model, device: "torch.device", skip: int) -> None:
         """All tasks of a model, without the first `skip` items."""

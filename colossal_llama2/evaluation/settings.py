@@ -7,6 +7,8 @@ from typing import Any
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.evaluation.card import check_card
+from colossal_llama2.evaluation.sets.registry import SETS
+from colossal_llama2.inference.answer_file import settings_beside
 from colossal_llama2.inference.loading import refuse_missing_folder
 from colossal_llama2.storage.output_paths import check_output_file
 from colossal_llama2.task_names import BITS_PER_BYTE, ICL
@@ -55,6 +57,7 @@ class EvaluationSettings:
         output_file = None if flags["output_file"] is None else Path(flags["output_file"])
         if output_file is not None:
             _check_output(output_file)
+        _refuse_unused(flags)
         if flags["write_card"]:
             for path in paths:
                 check_card(path)
@@ -63,7 +66,7 @@ class EvaluationSettings:
             tasks=tuple((name, _place(name, path, flags["data_dir"])) for name, path in flags["tasks"]),
             num_fewshot=flags["num_fewshot"],
             limit=flags["limit"],
-            seed=flags["seed"],
+            seed=flags["seed"] or 0,
             device=flags["device"],
             dtype=flags["dtype"],
             batch_size=flags["batch_size"] or None,
@@ -73,6 +76,20 @@ class EvaluationSettings:
         )
 
 
+def _refuse_unused(flags: Mapping[str, Any]) -> None:
+    """Raise a UserError for a flag that was given and has no effect on any of the tasks."""
+    names = [name for name, _ in flags["tasks"]]
+    in_data_dir = [name for name, path in flags["tasks"] if path is None and name != ICL]
+    with_examples = [name for name, kind in SETS.items() if kind.num_fewshot]
+    for flag, is_used, cause in (
+        ("data_dir", bool(in_data_dir), "no task of --tasks reads files from it"),
+        ("num_fewshot", not set(names).isdisjoint(with_examples), f"only {', '.join(with_examples)} have examples"),
+        ("seed", ICL in names, f"only {ICL} has a seed"),
+    ):
+        if flags[flag] is not None and not is_used:
+            raise UserError(f"--{flag} {flags[flag]} has no effect, since {cause}; leave it out")
+
+
 def _place(name: str, path: str | None, data_dir: str | None) -> Path | None:
     """Where the files of a task are. Raises UserError if that is not given, or not there."""
     if name == ICL:
@@ -80,8 +97,12 @@ def _place(name: str, path: str | None, data_dir: str | None) -> Path | None:
     if path is None and data_dir is None:
         raise UserError(f"--tasks {name}: give {name}=PATH, or --data_dir with a folder {name}")
     found = Path(path) if path is not None else Path(data_dir or "") / name
+    if name == BITS_PER_BYTE and found.is_dir():
+        raise UserError(f"--tasks {name}={found}: is a folder; give a jsonl file of texts")
     if name == BITS_PER_BYTE and not found.is_file():
         raise UserError(f"--tasks {name}={found}: there is no such file; give a jsonl file of texts")
+    if name != BITS_PER_BYTE and found.is_file():
+        raise UserError(f"--tasks {name}: {found} is a file; give {name}=PATH, the folder with the set's files")
     if name != BITS_PER_BYTE and not found.is_dir():
         raise UserError(
             f"--tasks {name}: there is no folder {found}; give {name}=PATH, the folder with the set's files"
@@ -92,5 +113,12 @@ def _place(name: str, path: str | None, data_dir: str | None) -> Path | None:
 def _check_output(path: Path) -> None:
     if path.suffix != SUFFIX:
         raise UserError(f"--output_file {path}: a name that ends with {SUFFIX} is needed, since FILE.json is beside it")
-    for other in (path, path.with_suffix(".json"), path.with_suffix(".png")):
+    beside = (path.with_suffix(".json"), path.with_suffix(".png"))
+    for other in (path, *beside):
         check_output_file(other, "--output_file")
+    foreign = [other for other in beside if other.exists()]
+    if foreign and not settings_beside(path).exists():
+        raise UserError(
+            f"--output_file {path}: {foreign[0]} would be overwritten, and no earlier evaluation has written it "
+            f"(there is no {settings_beside(path).name}); give another name, or move that file"
+        )

@@ -2,8 +2,8 @@
 
     sum of -log2 p over the predicted tokens / UTF-8 bytes of the text behind these tokens
 
-A text is encoded as training encodes a document, and cut where it is longer than the model's context. Texts do not see
-each other.
+A text is encoded as training encodes a document, and divided into pieces where it is longer than the model's context.
+Texts do not see each other.
 """
 
 import math
@@ -20,10 +20,11 @@ from colossal_llama2.dataset.write.splicing import piece_lengths
 from colossal_llama2.dataset.write.tokenization import pretrain_token_bytes, tokenize_pretrain
 from colossal_llama2.encoding.registry import shared_encoder
 from colossal_llama2.errors import UserError
+from colossal_llama2.evaluation.sets.text_files import check_readable
 from colossal_llama2.evaluation.task import BITS, Row, checked_finite
 from colossal_llama2.model.positions import positions_of
 from colossal_llama2.storage.files import read_jsonl
-from colossal_llama2.storage.input_files import ANY_SIZE, check_regular
+from colossal_llama2.storage.input_files import ANY_SIZE
 from colossal_llama2.storage.row_errors import RowError
 from colossal_llama2.task_names import BITS_PER_BYTE
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 # Bounds the logits, which have a column for each token of the vocabulary.
 LOGITS_OF_TOKENS = 512
-MASKED, SHORT = "masked by a loss mark", "without a token to predict"
+MASKED = "masked by a loss mark"
 
 
 class TextTask:
@@ -51,7 +52,7 @@ class TextTask:
         self.name = f"{BITS_PER_BYTE} {path.stem}"
         self.left_out: dict[str, int] = {}
         self._texts: list[tuple[str, PretrainRow]] = []
-        check_regular(path, max_bytes=ANY_SIZE)
+        check_readable(path, max_bytes=ANY_SIZE)
         for line in read_jsonl(path):
             if len(self._texts) == limit:
                 break

@@ -39,7 +39,7 @@ class AnswerFile:
             UserError: the path cannot be written, or is not a file of these settings.
         """
         self._path, self._settings = path, dict(settings)
-        self._sidecar = path.with_name(f"{path.name}.settings.json")
+        self._sidecar = settings_beside(path)
         self._file: IO[bytes] | None = None
         check_output_file(path, FLAG)
         check_output_file(self._sidecar, FLAG)
@@ -127,6 +127,11 @@ class AnswerFile:
         """The lines that have been written to their end."""
         content = self._path.read_bytes()
         return content[: content.rfind(b"\n") + 1]
+
+
+def settings_beside(path: Path) -> Path:
+    """The file with what decided the answers of a file."""
+    return path.with_name(f"{path.name}.settings.json")
 
 
 def model_digest(folder: Path) -> str:

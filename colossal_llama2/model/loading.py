@@ -77,6 +77,9 @@ def check_model_folder(path: StrPath, flag: str, *, needs_weights: bool = True) 
     """Raise a UserError unless the folder holds a LLaMA config and safetensors, and nothing that makes it unusable.
 
     Reads only JSON, and imports neither torch nor transformers.
+
+    Args:
+        needs_weights: whether weights will be read. Without, a folder may have none, or pickled ones.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -88,15 +91,19 @@ def check_model_folder(path: StrPath, flag: str, *, needs_weights: bool = True) 
             f"init_model.py writes"
         )
     generation_ids(folder, read_fields(path))
-    pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
-    if (needs_weights or pickled) and not has_weights(folder):
+    if needs_weights and not has_weights(folder):
         cure = (
             "pickled weights can run code and are not read here; load it once with transformers where you trust it "
             "and save_pretrained() it"
-            if pickled
+            if has_pickled_weights(folder)
             else f"a LLaMA folder holds {WEIGHTS_FILE}, or {INDEX_FILE} and its shards"
         )
         raise UserError(f"{flag} {path}: has no safetensors weights; {cure}")
+
+
+def has_pickled_weights(folder: Path) -> bool:
+    """Whether the folder has files in which weights are pickled."""
+    return any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
 
 
 def generation_ids(folder: Path, fields: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from colossal_llama2.engine.settings import Ranks
 from colossal_llama2.engine.settings_problems import split_problems
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.adapter_files import check_base, read_adapter, weights_hashes
-from colossal_llama2.model.loading import ModelFacts, facts_of_config, inspect_weights
+from colossal_llama2.model.loading import ModelFacts, facts_of_config, has_pickled_weights, inspect_weights
 from colossal_llama2.model.model_folder import StrPath, has_weights
 from colossal_llama2.model.positions import described
 from colossal_llama2.model.training_history import Weights
@@ -168,7 +168,8 @@ class DryRunChecks(Checks):
         """A config.json is enough."""
         if has_weights(Path(folder)):
             return self(inspect_weights, folder)
-        logs.get_logger().info("%s has no weights: planned only from its config.json", folder)
+        has = "only pickled weights, which a run refuses" if has_pickled_weights(Path(folder)) else "no weights"
+        logs.get_logger().info("%s has %s: planned only from its config.json", folder, has)
         return self(facts_of_config, folder)
 
     def ranks(self, config: TrainConfig, model: ModelFacts | None) -> Ranks:

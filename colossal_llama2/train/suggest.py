@@ -1,9 +1,10 @@
 """--dry_run --suggest: which layouts a model fits, what they cost, and which is the cheapest.
 
-It reads a config.json at most, or takes a built-in size; it needs neither weights nor data, and imports no torch.
+It reads at most a config.json, or uses a built-in size; it needs neither weights nor data, and imports no torch.
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ from colossal_llama2 import logs
 from colossal_llama2.cli.dependent_flags import unused_flags, with_defaults
 from colossal_llama2.dataset.write.sample_lengths import check_max_length
 from colossal_llama2.engine.settings import EngineSettings
+from colossal_llama2.errors import UserError
 from colossal_llama2.gpus import GPUS
 from colossal_llama2.launcher import place
 from colossal_llama2.model.config_fields import ModelFolder, fields_of
 from colossal_llama2.model.loading import check_model_folder
 from colossal_llama2.model_sizes import MODEL_SIZES, VOCABULARIES
 from colossal_llama2.terminal_text import show
-from colossal_llama2.train.forecast.suggestion import Job, suggest
+from colossal_llama2.train.forecast.suggestion import Job, Suggestion, suggest
 from colossal_llama2.train.forecast.suggestion_report import MOST_HYBRID, Budget, suggestion_lines, summary_lines
 from colossal_llama2.train.settings.flag_problems import suggestion_problems
 from colossal_llama2.train.settings.from_flags import Problems, engine_settings
@@ -40,10 +42,23 @@ def plan_layouts(args: argparse.Namespace) -> None:
     budget = Budget(args.tokens, args.gpu_hour_price, args.storage_gb_per_s * 1e9)
     if len(jobs) == 1:
         suggestions, compared = suggest(jobs[0], most_hybrid=MOST_HYBRID)
+        _check_tokens(budget, suggestions)
         lines = suggestion_lines(jobs[0], suggestions, budget, compared=compared)
     else:
-        lines = summary_lines([(job, suggest(job, most_hybrid=1)[0]) for job in jobs], budget)
+        found = [(job, suggest(job, most_hybrid=1)[0]) for job in jobs]
+        for _, suggestions in found:
+            _check_tokens(budget, suggestions)
+        lines = summary_lines(found, budget)
     show("\n".join([*lines, "dry run: nothing was trained, nothing was written"]))
+
+
+def _check_tokens(budget: Budget, suggestions: Sequence[Suggestion]) -> None:
+    """Raise a UserError for a budget of less than a step of the best layout."""
+    if suggestions and budget.tokens < suggestions[0].step_tokens:
+        raise UserError(
+            f"--tokens {budget.tokens:g}: less than one step, which has {suggestions[0].step_tokens:,} tokens; give "
+            "more, or fewer --step_tokens or --num_ranks"
+        )
 
 
 def _models(args: argparse.Namespace) -> list[tuple[str, dict[str, Any], EngineSettings]]:

@@ -1,7 +1,15 @@
 """AGIEval (Zhong et al. 2023, https://github.com/ruixiangcui/AGIEval): v1/TASK.jsonl and few_shot_prompts.csv.
 
-The examples and the form of the prompts are those of the authors' few-shot setting without explanations. Only
-questions with four choices and one right answer are read, as in the table of Colossal-LLaMA-2; the others are counted.
+The examples and the form of the prompts are those of the authors' few-shot setting without explanations
+(src/dataset_loader.py), with these differences:
+
+- A prompt ends with "The answer is therefore" or "答案是", where the authors' ends after the choices: the logits of the
+  letters are those of the next token.
+- Without examples, the prompt has the same form; the authors have another.
+- A prompt that is too long loses its first examples, and the authors' its last. The examples that stay are numbered
+  from 1.
+- Only questions and examples with four choices and one right answer are read, as in the table of Colossal-LLaMA-2; the
+  others are counted.
 """
 
 import ast
@@ -12,11 +20,11 @@ from typing import Any
 from colossal_llama2.errors import UserError
 from colossal_llama2.evaluation.sets.prompt_form import PromptForm
 from colossal_llama2.evaluation.sets.questions import LETTERS, Question, QuestionSet, checked_letter
-from colossal_llama2.evaluation.sets.text_files import csv_rows, files_of, folder_of
-from colossal_llama2.storage.files import read_jsonl
-from colossal_llama2.storage.input_files import check_regular
+from colossal_llama2.evaluation.sets.text_files import csv_rows, files_of, folder_of, jsonl_records
 
 EXAMPLES_FILE = "few_shot_prompts.csv"
+# Such a task has the examples of the one with passages, without theirs.
+NO_PASSAGE = "-without-passage"
 CHINESE = re.compile(r"gaokao-(?!english)|-zh$|^jec-qa")
 
 
@@ -27,14 +35,15 @@ def read(folder: Path, shots: int) -> QuestionSet:
         UserError: with file:line, for a file that is missing or a question of another form.
     """
     root = folder_of(folder, "data", needed="v1")
-    found = QuestionSet([], _examples(folder_of(root, needed=EXAMPLES_FILE), shots) if shots else {})
+    examples_file = folder_of(root, needed=EXAMPLES_FILE) / EXAMPLES_FILE if shots else None
+    found = QuestionSet([], {})
     for path in files_of(root / "v1", ".jsonl"):
-        check_regular(path)
-        for line in read_jsonl(path):
-            if line.record is not None:
-                _add(found, _read(line.record, line.where, path.stem))
+        for where, record in jsonl_records(path):
+            _add(found, _read(record, where, path.stem))
     if not found.questions:
         raise UserError(f"{root / 'v1'}: has no question with four choices; give the folder as published")
+    if examples_file is not None:
+        found.examples = _examples(examples_file, found, shots)
     return found
 
 
@@ -68,18 +77,31 @@ def _read(
     return Question(where, subject, texts["question"], tuple(options), answer, texts["passage"])
 
 
-def _examples(folder: Path, shots: int) -> dict[str, list[Question]]:
-    """The examples of each task: the file has a column for each, and rows of samples and of their explanations."""
-    header, *rows = csv_rows(folder / EXAMPLES_FILE)
-    found: dict[str, list[Question]] = {name: [] for name in header.cells[1:]}
-    for row in rows:
-        if not row.cells[0].startswith("sample"):
-            continue
-        for subject, cell in zip(header.cells[1:], row.cells[1:], strict=False):
-            example = _example(cell, f"{row.where} ({subject})", subject) if cell.strip() else ""
-            if isinstance(example, Question) and len(found[subject]) < shots:
-                found[subject].append(example)
-    return found
+def _examples(path: Path, found: QuestionSet, shots: int) -> dict[str, list[Question]]:
+    """The examples of each task with questions: its column of the rows of samples. Counts what it leaves out."""
+    header, *rows = csv_rows(path)
+    examples: dict[str, list[Question]] = {}
+    for subject in dict.fromkeys(question.subject for question in found.questions):
+        column = subject if subject in header.cells else subject.removesuffix(NO_PASSAGE)
+        if column not in header.cells:
+            raise UserError(f"{header.where}: has no column {subject}; give the file as published, or --num_fewshot 0")
+        place = header.cells.index(column)
+        samples = [row for row in rows if row.cells[0].startswith("sample") and "".join(row.cells[place:][:1]).strip()]
+        usable = examples[subject] = []
+        for row in samples:
+            example = _example(row.cells[place], f"{row.where} ({column})", subject)
+            if isinstance(example, str):
+                found.examples_left_out[example] = found.examples_left_out.get(example, 0) + 1
+            else:
+                usable.append(example if column == subject else example._replace(passage=""))
+            if len(usable) == shots:
+                break
+        if not usable:
+            raise UserError(
+                f"{header.where}: the column {column} has no example with four choices and one right answer; give the "
+                "file as published, or --num_fewshot 0"
+            )
+    return examples
 
 
 def _example(cell: str, where: str, subject: str) -> Question | str:
@@ -88,7 +110,7 @@ def _example(cell: str, where: str, subject: str) -> Question | str:
         record = ast.literal_eval(cell)
         if not isinstance(record, dict):
             raise ValueError
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         raise UserError(f"{where}: is not an example as the authors publish them; copy the file again from its source")
     # Some examples have all choices in one string.
     return _read(record, where, subject, counts=(1, len(LETTERS)))
@@ -102,13 +124,13 @@ def _introduction(subject: str, has_examples: bool) -> str:
     if not has_examples:
         return ""
     if _is_chinese(subject):
-        return "以下是考试中各个问题的答案。\n\n"
-    return "Here are the answers for the problems in the exam.\n\n"
+        return "以下是考试中各个问题的答案。\n"
+    return "Here are the answers for the problems in the exam.\n"
 
 
 def _question(question: Question, number: int) -> str:
     options = " ".join(question.choices)
-    text = f"{question.passage} {question.text}".strip()
+    text = f"{question.passage} {question.text}"
     if _is_chinese(question.subject):
         return f"问题 {number}.   {text}\n从以下选项中选择:    {options}\n答案是"
     return f"Problem {number}.   {text}\nChoose from the following options:    {options}\nThe answer is therefore"

@@ -1,4 +1,8 @@
-"""CMMLU (Li et al. 2023, https://github.com/haonan-li/CMMLU): {dev,test}/SUBJECT.csv with a header."""
+"""CMMLU (Li et al. 2023, https://github.com/haonan-li/CMMLU): {dev,test}/SUBJECT.csv with a header.
+
+The introduction and the form of a question are the authors', except that the prompt ends with "答案：", as in lm-eval,
+and not with "答案是：".
+"""
 
 from pathlib import Path
 

@@ -19,7 +19,7 @@ from colossal_llama2.evaluation.sets.text_files import files_of, folder_of, read
 FOLDER = "Objective_Questions"
 YEARS = re.compile(r"^\d{4}-\d{4}_")
 # A quote inside a string is escaped, so this is a key.
-LIST_OF_ITEMS = re.compile(r'"example"\s*:\s*\[')
+LIST_OF_ITEMS = re.compile(r'"example"\s*:\s*\[?')
 BETWEEN = re.compile(r"[\s,]*")
 
 
@@ -55,15 +55,22 @@ def _items(path: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}); copy the file again from its source")
     except RecursionError:
         raise UserError(f"{path}:1: nested too deeply; copy the file again from its source")
-    begin = LIST_OF_ITEMS.search(text)
-    if not isinstance(content, dict) or not isinstance(content.get("example"), list) or begin is None:
+    keys = list(LIST_OF_ITEMS.finditer(text))
+    if not isinstance(content, dict) or not isinstance(content.get("example"), list) or not keys:
         raise UserError(f'{path}:1: has no list "example"; copy the file again from its source')
-    decoder, place = json.JSONDecoder(), begin.end()
+    if len(keys) > 1:
+        where = f"{path}:{_line_of(text, keys[1].start())}"
+        raise UserError(f'{where}: has "example" a second time; copy the file again from its source')
+    decoder, place = json.JSONDecoder(), keys[0].end()
     for _ in content["example"]:
         place = _solid(text, place)
         record, end = decoder.raw_decode(text, place)
-        yield f"{path}:{text.count(chr(10), 0, place) + 1}", record
+        yield f"{path}:{_line_of(text, place)}", record
         place = end
+
+
+def _line_of(text: str, place: int) -> int:
+    return text.count("\n", 0, place) + 1
 
 
 def _solid(text: str, place: int) -> int:

@@ -10,9 +10,7 @@ from pathlib import Path
 from colossal_llama2.errors import UserError
 from colossal_llama2.evaluation.sets.prompt_form import PromptForm
 from colossal_llama2.evaluation.sets.questions import Question, QuestionSet
-from colossal_llama2.evaluation.sets.text_files import folder_of
-from colossal_llama2.storage.files import read_jsonl
-from colossal_llama2.storage.input_files import check_regular
+from colossal_llama2.evaluation.sets.text_files import folder_of, jsonl_records
 
 NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
 MARKED = re.compile(rf"####\s*({NUMBER.pattern})")
@@ -28,19 +26,14 @@ def read(folder: Path, shots: int) -> QuestionSet:
 
 
 def _problems(path: Path) -> list[Question]:
-    check_regular(path)
     found = []
-    for line in read_jsonl(path):
-        if line.record is None:
-            continue
+    for where, record in jsonl_records(path):
         for name in ("question", "answer"):
-            if not isinstance(line.record.get(name), str) or not line.record[name].strip():
-                raise UserError(f'{line.where}: "{name}" must be a text; copy the file again from its source')
-        if MARKED.search(line.record["answer"]) is None:
-            raise UserError(f'{line.where}: "answer" does not end with "#### " and a number; correct the file')
-        found.append(Question(line.where, "gsm8k", line.record["question"].strip(), (), line.record["answer"].strip()))
-    if not found:
-        raise UserError(f"{path}:1: has no problem; copy it again from its source")
+            if not isinstance(record.get(name), str) or not record[name].strip():
+                raise UserError(f'{where}: "{name}" must be a text; copy the file again from its source')
+        if MARKED.search(record["answer"]) is None:
+            raise UserError(f'{where}: "answer" does not end with "#### " and a number; correct the file')
+        found.append(Question(where, "gsm8k", record["question"].strip(), (), record["answer"].strip()))
     return found
 
 

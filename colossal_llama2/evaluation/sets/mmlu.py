@@ -1,6 +1,7 @@
 """MMLU (Hendrycks et al. 2021, https://github.com/hendrycks/test): {dev,test}/SUBJECT_{dev,test}.csv, no header.
 
-The prompts are those of the authors' evaluate.py.
+The prompts are those of the authors' evaluate.py, with its two spaces before the name of the subject, except that
+spaces around a cell are removed. A prompt that is too long loses its first examples, and the authors' its last.
 """
 
 from pathlib import Path
@@ -17,7 +18,7 @@ def read(folder: Path, shots: int) -> QuestionSet:
 
 
 def _introduction(subject: str, has_examples: bool) -> str:
-    return f"The following are multiple choice questions (with answers) about {in_words(subject)}.\n\n"
+    return f"The following are multiple choice questions (with answers) about  {in_words(subject)}.\n\n"
 
 
 def _question(question: Question, number: int) -> str:

@@ -36,11 +36,13 @@ class QuestionSet:
     Attributes:
         examples: for each subject, the questions that may stand before those of the subject, with their answers.
         left_out: how many questions cannot be used, by reason.
+        examples_left_out: how many examples of the subjects cannot be used, by reason.
     """
 
     questions: list[Question]
     examples: Mapping[str, Sequence[Question]]
     left_out: dict[str, int] = field(default_factory=dict)
+    examples_left_out: dict[str, int] = field(default_factory=dict)
 
     def leave_out(self, reason: str) -> None:
         """Count a question that is left out."""

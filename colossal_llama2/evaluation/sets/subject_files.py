@@ -38,7 +38,7 @@ def read_subjects(
         questions += [_question(row, subject) for row in rows_of(path)]
         if shots:
             dev = root / "dev" / f"{subject}{suffixes[1]}"
-            if not dev.is_file():
+            if not dev.exists():
                 raise UserError(
                     f"{dev}: there is no such file, and the examples are read from it; give --num_fewshot 0"
                 )

@@ -4,11 +4,11 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from colossal_llama2.errors import UserError
-from colossal_llama2.storage.files import is_stray
-from colossal_llama2.storage.input_files import check_regular
+from colossal_llama2.storage.files import is_stray, read_jsonl
+from colossal_llama2.storage.input_files import JSON_BYTES, check_regular
 
 # The largest file of these sets has a few MB.
 MAX_BYTES = 256 << 20
@@ -22,13 +22,33 @@ class Row(NamedTuple):
     cells: list[str]
 
 
+def check_readable(path: Path, *, max_bytes: int = JSON_BYTES) -> None:
+    """Raise a UserError unless the path is a regular file that is neither too large nor empty."""
+    check_regular(path, max_bytes=max_bytes, allows_empty=True)
+    if not path.stat().st_size:
+        raise UserError(f"{path}:1: is empty; copy it again from its source")
+
+
+def jsonl_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The records of a jsonl file, each with its file:line.
+
+    Raises:
+        UserError: it cannot be read or has none; with file:line, for a line that is no JSON object.
+    """
+    check_readable(path)
+    found = [(line.where, line.record) for line in read_jsonl(path) if line.record is not None]
+    if not found:
+        raise UserError(f"{path}:1: has only blank lines; copy it again from its source")
+    return found
+
+
 def read_text(path: Path) -> str:
     """The text of a file in UTF-8, with or without a byte order mark.
 
     Raises:
         UserError: it is missing, empty, too large, or not UTF-8, then with the line.
     """
-    check_regular(path, max_bytes=MAX_BYTES)
+    check_readable(path, max_bytes=MAX_BYTES)
     content = path.read_bytes()
     try:
         text = content.decode("utf-8-sig")
@@ -39,15 +59,15 @@ def read_text(path: Path) -> str:
             f"iconv -f GB18030 -t UTF-8"
         )
     if not text.strip():
-        raise UserError(f"{path}:1: is empty; copy it again from its source")
+        raise UserError(f"{path}:1: has only blank lines; copy it again from its source")
     return text
 
 
 def csv_rows(path: Path) -> list[Row]:
-    """The rows of a CSV file without blank ones.
+    """The rows of a CSV file without blank ones; at least one.
 
     Raises:
-        UserError: as `read_text`, and with file:line for what is not CSV.
+        UserError: as `read_text`, and with file:line for what is not CSV, or has only blank cells.
     """
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     before = csv.field_size_limit(MAX_CELL)
@@ -61,6 +81,8 @@ def csv_rows(path: Path) -> list[Row]:
         raise UserError(f"{path}:{line}: not CSV ({error}); copy the file again from its source")
     finally:
         csv.field_size_limit(before)
+    if not rows:
+        raise UserError(f"{path}:1: has only blank cells; copy it again from its source")
     return rows
 
 
@@ -76,7 +98,8 @@ def named_cells(path: Path, needed: Sequence[str], *, ignored: Sequence[str] = (
     unknown = [name for name in names if name not in (*wanted, *ignored)]
     if unknown or sorted(name for name in names if name in wanted) != sorted(wanted):
         raise UserError(
-            f"{header.where}: the columns are {', '.join(header.cells)!s}, and {', '.join(needed)} are expected; "
+            f"{header.where}: the columns are {', '.join(cell.strip() or '(no name)' for cell in header.cells)}, and "
+            f"{', '.join(needed)} are expected; "
             "give the file as its authors publish it"
         )
     places = [names.index(name) for name in wanted]
@@ -104,6 +127,8 @@ def folder_of(given: Path, *inside: str, needed: str) -> Path:
 
 def files_of(folder: Path, suffix: str) -> list[Path]:
     """The files of a folder whose names end with `suffix`, by name. Raises UserError if there is none."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file, not a folder; give the folder as the set's authors publish it")
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; give the folder as the set's authors publish it")
     found = [path for path in sorted(folder.iterdir()) if path.name.endswith(suffix) and not is_stray(path.name)]

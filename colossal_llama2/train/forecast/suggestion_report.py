@@ -52,11 +52,12 @@ def suggestion_lines(job: Job, suggestions: Sequence[Suggestion], budget: Budget
     lines = [
         f"{job.name}: {job.facts.parameters / 1e6:,.1f} M parameters, vocabulary {job.facts.vocab_size:,}",
         f"{job.ranks:,} x {job.gpu.name}, samples of {job.max_length:,} tokens, {job.base.precision}, "
-        f"steps of about {job.step_tokens / 1e6:.2f} M tokens",
+        f"{_step_sizes([one.step_tokens for one in suggestions[:1]] or [job.step_tokens])}",
         f"the best of {counted(compared, 'layout')} with their fastest batch; hours for "
         f"{budget.tokens / 1e9:,.4g} B tokens:",
         *layout_table(suggestions, budget),
         *notes(),
+        *host_notes(job, suggestions),
     ]
     if any(suggestion.fits for suggestion in suggestions):
         return [*lines, "", *_details(job, suggestions[0], budget)]
@@ -95,13 +96,29 @@ def notes() -> list[str]:
     return textwrap.wrap(text, WIDTH)
 
 
+def host_notes(job: Job, suggestions: Sequence[Suggestion], *, name: str = "") -> list[str]:
+    """What offloading layouts need of a host's memory, which decides nothing here; empty if none offloads."""
+    needs = [
+        f"{label(one.plan.settings)} {_host_bytes(job, one) / GIB:,.0f}"
+        for one in suggestions
+        if one.memory.host and any(one.memory.host.values())
+    ]
+    of_model = f" for {name}" if name else ""
+    text = f"GiB of a host's memory{of_model}, which is not compared with any host: {', '.join(needs)}"
+    return textwrap.wrap(text, WIDTH) if needs else []
+
+
+def _host_bytes(job: Job, suggestion: Suggestion) -> float:
+    """What the ranks of a host keep in its memory."""
+    return min(job.ranks, GPUS_PER_HOST) * sum(suggestion.memory.host.values())
+
+
 def _details(job: Job, best: Suggestion, budget: Budget) -> list[str]:
     lines = ["cheapest:"]
     lines += [f"  {group}" for group in flags(best.plan.settings, checkpointing=best.plan.checkpointing)]
     lines += memory_table(best.memory, ranks=job.ranks, on_cpu=False).split("\n")[:-2]
     if best.memory.host:
-        of_host = min(job.ranks, GPUS_PER_HOST) * sum(best.memory.host.values())
-        lines.append(f"  {of_host / GIB:,.1f} GiB for the ranks of a host")
+        lines.append(f"  {_host_bytes(job, best) / GIB:,.1f} GiB for the ranks of a host")
     lines += _step_lines(best)
     return [*lines, *_run_lines(job, best, budget)]
 
@@ -154,8 +171,15 @@ def summary_lines(found: Sequence[tuple[Job, Sequence[Suggestion]]], budget: Bud
         rows.append([*row, f"{best.step.mfu:.0%}", f"{best.hours(budget.tokens):,.1f}"])
     return [
         f"{first.ranks:,} x {first.gpu.name}, samples of {first.max_length:,} tokens, {first.base.precision}, "
-        f"steps of about {first.step_tokens / 1e6:.2f} M tokens",
+        f"{_step_sizes([some[0].step_tokens for _, some in found if some] or [first.step_tokens])}",
         f"the cheapest layout of each model, and the hours for {budget.tokens / 1e9:,.4g} B tokens:",
         *table_lines(rows, align="lrllr", indent="  "),
         *notes(),
+        *(line for job, suggestions in found for line in host_notes(job, suggestions[:1], name=job.name)),
     ]
+
+
+def _step_sizes(tokens: Sequence[int]) -> str:
+    """For the header: the tokens of a step, which whole samples on every rank may make more than were asked for."""
+    sizes = list(dict.fromkeys(f"{size / 1e6:.2f}" for size in (min(tokens), max(tokens))))
+    return f"steps of {' to '.join(sizes)} M tokens"

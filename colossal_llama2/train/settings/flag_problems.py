@@ -73,9 +73,9 @@ def suggestion_problems(args: argparse.Namespace) -> list[str]:
         problems.append("--train_new_rows_only needs --pretrained, whose config.json lists the new rows")
     defaults = PARSERS[args.stage]().defaults
     problems += [
-        f"--{name} {value} has no effect with --suggest, {why}; leave it out"
+        f"--{name}{'' if value is True else f' {value}'} has no effect with --suggest, {why}; leave it out"
         for name, why in _NOT_SUGGESTED.items()
-        if (value := getattr(args, name)) != defaults.get(name)
+        if (value := getattr(args, name, None)) != defaults.get(name)
     ]
     if args.train_new_rows_only and args.freeze_non_embeds_params:
         problems.append(_ROWS_AND_EMBEDDINGS)
@@ -86,10 +86,21 @@ def suggestion_problems(args: argparse.Namespace) -> list[str]:
 
 PARSERS = {"pretrain": train_parser, "sft": train_sft_parser}
 _VARIED = "which compares all of them"
+_SAME_COST, _NO_EVALUATION = "since it changes neither memory nor time", "which evaluates nothing"
+_NO_OUTPUT = "which writes nothing"
 _NOT_SUGGESTED = {
     **dict.fromkeys(("plugin", "tp", "pp", "sp", "zero", "sp_mode", "enable_sequence_parallelism"), _VARIED),
     **dict.fromkeys(("micro_batch_size", "microbatch_size", "accumulation_steps"), _VARIED),
-    **dict.fromkeys(("dataset", "eval_dataset"), "which reads no data (--tokens is their number)"),
+    **dict.fromkeys(("dataset", "eval_dataset", "num_samples"), "which reads no data (--tokens is their number)"),
+    **dict.fromkeys(("bucketed", "mixture", "mixture_end", "group_by_length", "continue_data"), "which reads no data"),
+    "document_mask": "which plans for samples of several documents",
+    **dict.fromkeys(("lr", "weight_decay", "warmup_steps", "seed", "lora_alpha", "use_neft", "neft_alpha"), _SAME_COST),
+    **dict.fromkeys(("num_epochs", "max_steps"), "which plans for --tokens"),
+    **dict.fromkeys(("max_bad_steps", "dist_timeout"), "which trains nothing"),
+    **dict.fromkeys(("eval_interval", "eval_prompts", "eval_prompt_tokens"), _NO_EVALUATION),
+    **dict.fromkeys(("forgetting_alarm", "on_forgetting"), _NO_EVALUATION),
+    **dict.fromkeys(("save_dir", "save_interval", "skip_save_each_epoch", "keep_last", "keep_every"), _NO_OUTPUT),
+    **dict.fromkeys(("report_to", "tensorboard_dir", "config_file"), _NO_OUTPUT),
     **dict.fromkeys(("load_checkpoint", "resume"), "which reads no checkpoint"),
     **dict.fromkeys(("benchmark", "profile"), "which measures nothing"),
     "peak_tflops": "which plans for a --gpu",
