@@ -3,7 +3,10 @@
 tests/cluster/run.sh tests the same with training, for each launcher.
 """
 
+import os
 import re
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -165,3 +168,40 @@ def test_colossalai_run_ends_when_a_host_refuses_it(launch):
     assert code == 1 and seconds < 60
     assert re.match("train.sh: error: node2: no ssh connection: Authentication", errors.splitlines()[-1]), errors
     assert "script.py" not in processes(cluster, 1)
+
+
+SAVES = (
+    "import signal, sys, time\nfrom pathlib import Path\n"
+    "def save(number, frame):\n    Path('saved').touch()\n    sys.exit(128 + number)\n"
+    "signal.signal(signal.SIGTERM, save)\nprint('ready', flush=True)\ntime.sleep(60)\n"
+)
+
+
+@pytest.fixture
+def start_here(tmp_path):
+    """A function that starts a script by a `colossalai` that runs it as the one rank of this host."""
+    (tmp_path / "hostfile").write_text("localhost\n")
+    stand_in = tmp_path / "bin" / "colossalai"
+    stand_in.parent.mkdir()
+    stand_in.write_text(f"#!/bin/sh\nLOCAL_RANK=0 exec {sys.executable} -u script.py\n")
+    stand_in.chmod(0o755)
+
+    def start(script: str, **streams) -> subprocess.Popen:
+        (tmp_path / "script.py").write_text(script)
+        words = [sys.executable, "-m", "colossal_llama2.cluster.watch_launch", "--nproc_per_node=1", "--name=train.sh"]
+        path = {"PATH": f"{stand_in.parent}:/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+        return subprocess.Popen([*words, "script.py"], cwd=tmp_path, env=path, **streams)
+
+    return start
+
+
+def test_a_signal_reaches_the_ranks_though_nobody_reads_the_messages(start_here, tmp_path):
+    """As with `bash train.sh 2>&1 | tee log` and Ctrl+C, which ends tee too, or in a terminal that was closed."""
+    reader, writer = os.pipe()
+    process = start_here(SAVES, stdout=subprocess.PIPE, stderr=writer)
+    os.close(writer)
+    assert process.stdout.readline() == b"ready\n"
+    os.close(reader)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 143 and (tmp_path / "saved").exists()

@@ -21,7 +21,8 @@ from typing import IO
 from colossal_llama2.cluster import environment, hostfile, job_processes
 from colossal_llama2.cluster.hostfile import Host
 from colossal_llama2.cluster.launch_output import LaunchOutput
-from colossal_llama2.errors import UserError
+from colossal_llama2.errors import RunError, UserError
+from colossal_llama2.terminal_text import one_line
 
 # Works in every login shell: what it needs comes through its input.
 FROM_LOGIN_SHELL = (
@@ -216,18 +217,33 @@ class SlurmLaunch(Launch):
         plan = self.plan
         options = [f"--nodes={len(plan.hosts)}", f"--ntasks={len(plan.hosts) * plan.per_host}"]
         options += [f"--ntasks-per-node={plan.per_host}", "--kill-on-bad-exit=1", "--export=ALL"]
+        # By its name the step is found again.
+        options += [f"--job-name={plan.mark}"]
         variables = dict(os.environ) | {"MASTER_ADDR": plan.hosts[0].name, "MASTER_PORT": str(plan.port)}
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
             variables.pop(name, None)
         self._start("", ["srun", *options, sys.executable, *plan.words], variables, piped=False)
 
     def signal_ranks(self, number: int) -> bool:
-        """srun passes signals on to all its processes."""
-        process = self.processes[""]
-        if process.poll() is not None:
+        """By Slurm, to the tasks of the step alone.
+
+        srun itself takes SIGTERM as an order to kill its tasks at once, and the first SIGINT as a question for their
+        status.
+        """
+        steps = self._ask("squeue", "--noheader", "--steps", f"--jobs={os.environ['SLURM_JOB_ID']}", "--format=%i %j")
+        named = (line.split(maxsplit=1) for line in steps.splitlines())
+        step = next((words[0] for words in named if words[1:] == [self.plan.mark]), None)
+        if step is None:
             return False
-        process.send_signal(number)
+        self._ask("scancel", f"--signal={signal.Signals(number).name.removeprefix('SIG')}", step)
         return True
+
+    @staticmethod
+    def _ask(*command: str) -> str:
+        asked = subprocess.run(command, capture_output=True, text=True)
+        if asked.returncode:
+            raise RunError(f"{command[0]}: {one_line(asked.stderr) or f'exit code {asked.returncode}'}")
+        return asked.stdout
 
 
 LAUNCHES: dict[str, type[Launch]] = {

@@ -30,8 +30,8 @@ from colossal_llama2.cluster.hostfile import HostfileError
 from colossal_llama2.cluster.launch_output import LaunchOutput, RankFailure
 from colossal_llama2.cluster.launchers import Launch, Plan
 from colossal_llama2.cluster.on_host import SIGN_SECONDS
-from colossal_llama2.errors import UserError
-from colossal_llama2.terminal_text import show_line
+from colossal_llama2.errors import RunError, UserError, reason
+from colossal_llama2.terminal_text import report_line, show_line
 
 LOOK_SECONDS = 0.5
 # How long the others may go on when the part of one host has ended: while ranks are alive here, which notice a lost
@@ -67,6 +67,7 @@ class Watch:
         self._has_not_met = False
         self._first_end: float | None = None
         self._seen_ranks = False
+        self._ended_before_ranks = False
         self._next_sign = 0.0
 
     def run(self) -> int:
@@ -113,6 +114,7 @@ class Watch:
         while self._signals:
             # Without ranks there is nothing to save, unless they are just ending.
             if not self._pass_on(self._signals.pop(0)) and not self._seen_ranks:
+                self._ended_before_ranks = True
                 return True
         if all(process.poll() is not None for process in self._launch.processes.values()):
             return True
@@ -138,9 +140,21 @@ class Watch:
         """Pass a signal on to the ranks. Returns whether there are any."""
         # The terminal was closed.
         number = signal.SIGTERM if number == signal.SIGHUP else number
-        self._report(f"{job_processes.name_of(number)}: passed on to the ranks, which save and end")
         self._passed_on = number
-        return self._launch.signal_ranks(number)
+        name = job_processes.name_of(number)
+        self._seen_ranks |= bool(job_processes.Processes.of(self._launch.plan.mark).ranks)
+        if not self._seen_ranks and self._waits_for_ranks():
+            return False
+        try:
+            were_signalled = self._launch.signal_ranks(number)
+        except (RunError, OSError) as error:
+            # The ranks go on, and the signal can be sent again.
+            self._report(f"warning: {name}: not passed on to the ranks: {reason(error)}")
+            return True
+        if were_signalled:
+            self._seen_ranks = True
+            self._report(f"{name}: passed on to the ranks, which save and end")
+        return were_signalled
 
     def _verdict(self, ended: dict[str, int], codes: Sequence[int | None]) -> tuple[int, str | None]:
         """The exit code of the job, and the line for it if it has failed."""
@@ -148,8 +162,11 @@ class Watch:
         if root is not None:
             stopped = root.exit_code in (128 + signal.SIGTERM, 128 + signal.SIGINT) and self._passed_on is not None
             return root.exit_code, None if stopped else self._reason_of(root)
-        if self._passed_on is not None and self._passed_on != signal.SIGUSR1 and not self._seen_ranks:
+        if self._passed_on is not None and self._ended_before_ranks:
             return 128 + self._passed_on, "ended before the ranks had started"
+        # torchrun ends with 1 whatever the exit codes of the ranks are, srun with theirs.
+        if self._passed_on is not None and 128 + self._passed_on in codes:
+            return 128 + self._passed_on, None
         if self._has_not_met:
             return 1, self._why_not_met()
         failed = {host: code for host, code in ended.items() if code}
@@ -239,10 +256,14 @@ class Watch:
             text = line.decode(errors="replace")
             with self._lock:
                 self._finished_line |= FINISHED in text
+                # Slurm's tasks have no LOCAL_RANK, and none may be on this host.
+                is_slurm = isinstance(self._launch, launchers.SlurmLaunch)
+                self._seen_ranks |= is_slurm and not text.startswith("srun: ")
                 self._launch.output.read(text)
 
     def _report(self, text: str) -> None:
-        show_line(f"{self._name}: {text}", file=sys.stderr)
+        # Its reader may have ended: Ctrl+C ends `tee` as well, and a closed terminal leaves nothing to write to.
+        report_line(f"{self._name}: {text}")
 
 
 def _streams(process: subprocess.Popen) -> list[tuple[IO[bytes], IO[bytes]]]:
