@@ -15,7 +15,9 @@ import pytest
 
 from colossal_llama2.cluster import environment, watch_launch
 from colossal_llama2.cluster.launch_output import LaunchOutput
+from colossal_llama2.cluster.launchers import ColossalaiLaunch
 from tests.conftest import ROOT
+from tests.launching import free_port
 
 # torchrun 2.5 and 2.12 print this; `colossalai run` 0.5.0 adds the rest.
 REPORT = """
@@ -205,3 +207,17 @@ def test_a_signal_reaches_the_ranks_though_nobody_reads_the_messages(start_here,
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
     assert process.returncode == 143 and (tmp_path / "saved").exists()
+
+
+def test_hosts_are_looked_up_once(tmp_path, monkeypatch):
+    """During a run of weeks the name service may fail, or take longer than hosts wait for a sign of life."""
+    (tmp_path / "hostfile").write_text("localhost\n")
+    words = ["--nproc_per_node=1", f"--hostfile={tmp_path / 'hostfile'}", f"--master_port={free_port()}", "script.py"]
+    plan = watch_launch.plan_of(watch_launch.parser().parse_args(words))
+
+    def fail(*words, **more):
+        raise AssertionError("a name is looked up")
+
+    monkeypatch.setattr("socket.getaddrinfo", fail)
+    assert ColossalaiLaunch(plan, LaunchOutput()).ended() == {} and plan.other_destinations() == []
+    assert plan.here.name == "localhost"

@@ -43,6 +43,8 @@ class Plan:
         port: where rank 0 or torchrun listens.
         words: the script and its arguments.
         mark: the value of MARK of every process of this launch.
+        here: which of the hosts is this one; None if the launch starts from another host. Found once: names are not
+            looked up again during the run, in which the name service may fail.
         max_restarts: how often torchrun starts the ranks again.
         pass_environment: names of further variables for the hosts.
         timeout_seconds: how long hosts wait for each other.
@@ -53,9 +55,14 @@ class Plan:
     port: int
     words: Sequence[str]
     mark: str
+    here: Host | None = None
     max_restarts: int = 0
     pass_environment: str = ""
     timeout_seconds: float = 600.0
+
+    def other_destinations(self) -> list[str]:
+        """What ssh takes for each host but this one."""
+        return [host.destination for host in self.hosts if host != self.here]
 
 
 @dataclass
@@ -86,7 +93,7 @@ class Launch:
         """Pass a signal on to the ranks. Returns whether any got it."""
         if job_processes.signal_here(self.plan.mark, number, only_ranks=True):
             return True
-        others = other_destinations(self.plan.hosts)
+        others = self.plan.other_destinations()
         return len(job_processes.signal_hosts(others, self.plan.mark, number, only_ranks=True)) < len(others)
 
     def give_sign_of_life(self) -> None:
@@ -134,11 +141,10 @@ class ColossalaiLaunch(Launch):
         codes = {host.host: 1 if host.code is None else host.code for host in self.output.hosts.values()}
         # A lost connection says nothing about the ranks there.
         codes = {host: code for host, code in codes.items() if code != -1}
-        here = next((host.name for host in self.plan.hosts if hostfile.is_this_host(host.name)), None)
         agents = job_processes.Processes.of(self.plan.mark).agents
         self._seen_agent |= bool(agents)
-        if here is not None and self._seen_agent and not agents:
-            codes.setdefault(here, 0)
+        if self.plan.here is not None and self._seen_agent and not agents:
+            codes.setdefault(self.plan.here.name, 0)
         return codes
 
     def close(self) -> None:
@@ -155,7 +161,7 @@ class TorchrunLaunch(Launch):
         plan = self.plan
         variables = environment.for_hosts(os.environ) | {job_processes.MARK: plan.mark}
         for number, host in enumerate(plan.hosts):
-            remote = not hostfile.is_this_host(host.name)
+            remote = host != plan.here
             start = [*job_processes.SSH, *SSH_OPTIONS, host.destination, FROM_LOGIN_SHELL]
             if not remote:
                 start = [sys.executable, "-m", "colossal_llama2.cluster.on_host"]
@@ -253,17 +259,8 @@ LAUNCHES: dict[str, type[Launch]] = {
 }
 
 
-def other_destinations(hosts: Sequence[Host]) -> list[str]:
-    """What ssh takes for each host but this one."""
-    return [host.destination for host in hosts if not hostfile.is_this_host(host.name)]
-
-
 def check_port(first: Host, port: int) -> None:
-    """Raise UserError if the first host is this one and another process listens on the port."""
-    if not 0 < port <= hostfile.MAX_PORT:
-        raise UserError(f"MASTER_PORT is {port}; give a port from 1024 to {hostfile.MAX_PORT}")
-    if not hostfile.is_this_host(first.name):
-        return
+    """Raise UserError if another process listens on the port. `first` is this host."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         # As torch's store binds it: what earlier connections left behind is no obstacle.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

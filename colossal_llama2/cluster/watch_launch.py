@@ -68,7 +68,7 @@ class Watch:
         self._first_end: float | None = None
         self._seen_ranks = False
         self._ended_before_ranks = False
-        self._next_sign = 0.0
+        self._is_done = threading.Event()
 
     def run(self) -> int:
         """Start the launcher, wait until the job is over, end what is left of it, and return the exit code."""
@@ -79,6 +79,7 @@ class Watch:
         launch = self._launch
         try:
             launch.start()
+            threading.Thread(target=self._give_signs_of_life, daemon=True).start()
             for line in launch.reports:
                 self._report(line)
             pumps = [self._pump(*streams) for process in launch.processes.values() for streams in _streams(process)]
@@ -97,7 +98,13 @@ class Watch:
                 self._report(f"error: {cause}")
             return code
         finally:
+            self._is_done.set()
             launch.close()
+
+    def _give_signs_of_life(self) -> None:
+        # In a thread: nothing that the watching waits for may make the hosts believe that they are cut off.
+        while not self._is_done.wait(SIGN_SECONDS):
+            self._launch.give_sign_of_life()
 
     def _wait_a_moment(self) -> None:
         running = next((process for process in self._launch.processes.values() if process.poll() is None), None)
@@ -108,9 +115,6 @@ class Watch:
     def _is_over(self) -> bool:
         """Whether the launcher has ended, or has to be ended."""
         now = time.monotonic()
-        if now >= self._next_sign:
-            self._launch.give_sign_of_life()
-            self._next_sign = now + SIGN_SECONDS
         while self._signals:
             # Without ranks there is nothing to save, unless they are just ending.
             if not self._pass_on(self._signals.pop(0)) and not self._seen_ranks:
@@ -132,9 +136,7 @@ class Watch:
 
     def _waits_for_ranks(self) -> bool:
         """Whether ranks have to appear on this host. Slurm may let a step wait for its resources."""
-        return not isinstance(self._launch, launchers.SlurmLaunch) and any(
-            hostfile.is_this_host(host.name) for host in self._launch.plan.hosts
-        )
+        return not isinstance(self._launch, launchers.SlurmLaunch) and self._launch.plan.here is not None
 
     def _pass_on(self, number: int) -> bool:
         """Pass a signal on to the ranks. Returns whether there are any."""
@@ -224,7 +226,7 @@ class Watch:
         """End all processes of the launch, here and on each host that answers."""
         others: list[str] = []
         if not isinstance(self._launch, launchers.SlurmLaunch):
-            others = launchers.other_destinations(self._launch.plan.hosts)
+            others = self._launch.plan.other_destinations()
         for number in (signal.SIGTERM, signal.SIGKILL):
             # On all hosts at once. Who does not answer is not asked again.
             with ThreadPoolExecutor(1) as pool:
@@ -306,13 +308,18 @@ def plan_of(args: argparse.Namespace) -> Plan:
         hosts = list(hostfile.read_and_resolve(args.hostfile))
         hostfile.check_slots(args.hostfile, hosts, args.nproc_per_node)
         hostfile.launcher_lines(args.hostfile, hosts, "ssh" if args.launcher == "torchrun" else args.launcher)
-    launchers.check_port(hosts[0], args.master_port)
+    if not 0 < args.master_port <= hostfile.MAX_PORT:
+        raise UserError(f"MASTER_PORT is {args.master_port}; give a port from 1 to {hostfile.MAX_PORT}")
+    here = next((host for host in hosts if hostfile.is_this_host(host.name)), None)
+    if here == hosts[0]:
+        launchers.check_port(here, args.master_port)
     return Plan(
         hosts=hosts,
         per_host=args.nproc_per_node,
         port=args.master_port,
         words=args.words,
         mark=secrets.token_hex(8),
+        here=here,
         max_restarts=args.max_restarts,
         pass_environment=args.pass_environment,
         timeout_seconds=dist_timeout(args.words),
