@@ -51,6 +51,7 @@ launch() {
     fi
     mkdir -p "$PARENT_SAVE_DIR" "$PARENT_TENSORBOARD_DIR" "$PARENT_CONFIG_FILE"
     keep_name "$hash"
+    record_launch "${arguments[@]}"
     # `exec` leaves without the trap.
     if [[ $LAUNCHER == slurm ]]; then rm -f "$HOSTFILE"; fi
     exec python -m colossal_llama2.cluster.watch_launch --launcher "$LAUNCHER" --hostfile "$HOSTFILE" \
@@ -122,6 +123,25 @@ keep_name() {
     if ! grep -qxF "$1 $RUN_NAME" "$names_file" 2>/dev/null; then
         printf '%s %s\n' "$1" "$RUN_NAME" >>"$names_file"
     fi
+}
+
+# record_launch ARGUMENT...: into the file LAUNCH_RECORD, if it is set, write the run's folder and its newest checkpoint,
+# a line each. train.sbatch compares them with what is there afterwards.
+record_launch() {
+    if [[ -z ${LAUNCH_RECORD:-} ]]; then
+        return
+    fi
+    local folder="" newest
+    # As for train.py, the last one counts.
+    while (($#)); do
+        case $1 in
+            --save_dir) folder=${2:-} ;;
+            --save_dir=*) folder=${1#--save_dir=} ;;
+        esac
+        shift
+    done
+    newest=$(cat "$folder/latest" 2>/dev/null || true)
+    printf '%s\n' "$folder" "${newest:-none}" >"$LAUNCH_RECORD"
 }
 
 # check_before_launch SCRIPT ARGUMENT...: here and once. A mistake is one line, to which a launcher would add dozens. From
