@@ -8,6 +8,7 @@ slurm        one `srun`, which starts train.py once per GPU; Slurm itself ends a
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -31,6 +32,7 @@ FROM_LOGIN_SHELL = (
 )
 SSH_OPTIONS = ("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=4")
 SSH_FAILED = 255
+SLURM_ENDS_IT = re.compile(r"Invalid job id|already completing", re.I)
 
 
 @dataclass
@@ -241,7 +243,12 @@ class SlurmLaunch(Launch):
         step = next((words[0] for words in named if words[1:] == [self.plan.mark]), None)
         if step is None:
             return False
-        self._ask("scancel", f"--signal={signal.Signals(number).name.removeprefix('SIG')}", step)
+        try:
+            self._ask("scancel", f"--signal={signal.Signals(number).name.removeprefix('SIG')}", step)
+        except RunError as error:
+            # Slurm is ending the job, and has sent SIGTERM to all its processes itself.
+            if not SLURM_ENDS_IT.search(str(error)):
+                raise
         return True
 
     @staticmethod
