@@ -142,13 +142,19 @@ def test_the_same_command_continues_its_run(workplace):
     again = launched(script, "--lr", "2e-4", messages=message)[1]
     assert (again.save_dir, again.resume) == (first.save_dir, "auto")
     assert launched(script, "--lr", "2e-4", "--resume", "auto", messages=message)[1].save_dir == first.save_dir
+    # Another project has runs of its own.
+    named = launched(script, "--lr", "2e-4", PROJECT_NAME="named")[1]
+    assert Path(named.save_dir).name.startswith("named-") and named.resume is None
     # Names have seconds.
     other = launched(script, "--lr", "3e-4", PROJECT_NAME="other")[1]
     assert other.save_dir != first.save_dir and other.resume is None
-    anew = launched(script, "--lr", "2e-4", RESUME="never", PROJECT_NAME="anew")[1]
-    assert Path(anew.save_dir).name.startswith("anew-") and anew.resume is None
+    anew = launched(script, "--lr", "2e-4", RESUME="never")[1]
+    assert anew.save_dir != first.save_dir and anew.resume is None
     # The newest run of a command is the one that continues.
     assert launched(script, "--lr", "2e-4")[1].save_dir == anew.save_dir
+    # A run is asked for that is not there.
+    message = r"train\.sh: starting the run second-\S+; \S+/run_names.txt has none .*; RUN_NAME=\.\.\. .*\n"
+    launched(script, "--lr", "2e-4", "--resume", "auto", PROJECT_NAME="second", messages=message)
     assert run(script, RESUME="yes").stderr.endswith("RESUME is yes; give auto or never\n")
 
 
@@ -297,8 +303,17 @@ def test_launchers_that_cannot_be_used_are_refused(name, workplace):
         process = run(workplace / f"{name}.sh", LAUNCHER=launcher)
         assert (process.returncode, process.stdout) == (2, "") and cure in process.stderr
         assert len(process.stderr.splitlines()) == 1
-    process = run(workplace / f"{name}.sh", MAX_RESTARTS="2")
-    assert process.returncode == 2 and "MAX_RESTARTS=2 needs LAUNCHER=torchrun" in process.stderr
+    mistakes = {
+        "MAX_RESTARTS=2": "MAX_RESTARTS=2 needs LAUNCHER=torchrun",
+        "MAX_RESTARTS=-1": "MAX_RESTARTS is -1; give a whole number",
+        "MAX_RESTARTS=abc": "MAX_RESTARTS is abc; give a whole number",
+        "MASTER_PORT=abc": "MASTER_PORT is abc; give a port from 1 to 65535",
+        "MASTER_PORT=70000": "MASTER_PORT is 70000; give a port",
+    }
+    for variable, message in mistakes.items():
+        process = run(workplace / f"{name}.sh", **dict([variable.split("=")]))
+        assert process.returncode == 2 and message in process.stderr and len(process.stderr.splitlines()) == 1
+    assert not (workplace / "runs").exists()
     (workplace.parent / "bin" / "colossalai").unlink()
     process = run(workplace / f"{name}.sh", PATH=f"{workplace.parent / 'bin'}:/usr/bin:/bin")
     assert process.returncode == 2 and "source .venv/bin/activate" in process.stderr

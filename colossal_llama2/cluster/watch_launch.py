@@ -300,6 +300,8 @@ def parser() -> argparse.ArgumentParser:
 
 def plan_of(args: argparse.Namespace) -> Plan:
     """What to launch. Raises UserError for mistakes in the hostfile, the port, or flags that do not fit."""
+    if args.max_restarts < 0:
+        raise UserError(f"MAX_RESTARTS is {args.max_restarts}; give a whole number from 0 on")
     if args.max_restarts and args.launcher != "torchrun":
         raise UserError(f"MAX_RESTARTS={args.max_restarts} needs LAUNCHER=torchrun; {args.launcher} starts ranks once")
     if args.launcher == "slurm":
