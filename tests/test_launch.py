@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from colossal_llama2.cluster import environment, watch_launch
+from colossal_llama2.cluster.hostfile import Host
 from colossal_llama2.cluster.launch_output import LaunchOutput
-from colossal_llama2.cluster.launchers import ColossalaiLaunch
+from colossal_llama2.cluster.launchers import ColossalaiLaunch, Plan, SlurmLaunch
+from colossal_llama2.errors import RunError
 from tests.conftest import ROOT
 from tests.launching import free_port
 
@@ -221,3 +223,34 @@ def test_hosts_are_looked_up_once(tmp_path, monkeypatch):
     monkeypatch.setattr("socket.getaddrinfo", fail)
     assert ColossalaiLaunch(plan, LaunchOutput()).ended() == {} and plan.other_destinations() == []
     assert plan.here.name == "localhost"
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """A launch in a job of a stand-in for Slurm, whose commands record their words in a file."""
+    for name, prints in {"srun": "", "scancel": "", "squeue": 'echo "7.2 other"; echo "7.3 abc"'}.items():
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $*" >>"{tmp_path}/words"\n{prints}\n')
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "6")
+    return SlurmLaunch(Plan([Host("a"), Host("b")], 4, 30013, ["train.py"], mark="abc"), LaunchOutput())
+
+
+def test_slurm_gives_each_task_the_cpus_of_the_job(slurm, tmp_path):
+    slurm.start()
+    slurm.processes[""].communicate(timeout=20)
+    (words,) = (tmp_path / "words").read_text().splitlines()
+    assert words.startswith("srun --nodes=2 --ntasks=8 --ntasks-per-node=4 ") and " --cpus-per-task=6 " in words
+
+
+def test_slurm_signals_the_tasks_of_this_launch_alone(slurm, tmp_path):
+    """Not srun, which takes SIGTERM as an order to kill its tasks at once."""
+    assert slurm.signal_ranks(signal.SIGTERM)
+    assert (tmp_path / "words").read_text().splitlines()[-1] == "scancel --signal=TERM 7.3"
+    # Slurm refuses: this is reported, and the ranks go on.
+    (tmp_path / "scancel").write_text("#!/bin/sh\necho 'no controller' >&2\nexit 1\n")
+    with pytest.raises(RunError, match="scancel: no controller"):
+        slurm.signal_ranks(signal.SIGTERM)
+    (tmp_path / "squeue").write_text("#!/bin/sh\nexit 0\n")
+    assert not slurm.signal_ranks(signal.SIGTERM)

@@ -227,6 +227,9 @@ class SlurmLaunch(Launch):
         options += [f"--ntasks-per-node={plan.per_host}", "--kill-on-bad-exit=1", "--export=ALL"]
         # By its name the step is found again.
         options += [f"--job-name={plan.mark}"]
+        # Since Slurm 22.05 srun does not take it from the job: each task would get one CPU.
+        if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
+            options += [f"--cpus-per-task={cpus}"]
         variables = dict(os.environ) | {"MASTER_ADDR": plan.hosts[0].name, "MASTER_PORT": str(plan.port)}
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
             variables.pop(name, None)
