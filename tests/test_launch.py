@@ -9,11 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from colossal_llama2.cluster import environment, watch_launch
+from colossal_llama2.cluster import environment, job_processes, watch_launch
 from colossal_llama2.cluster.hostfile import Host
 from colossal_llama2.cluster.launch_output import LaunchOutput
 from colossal_llama2.cluster.launchers import ColossalaiLaunch, Plan, SlurmLaunch
@@ -254,3 +255,43 @@ def test_slurm_signals_the_tasks_of_this_launch_alone(slurm, tmp_path):
         slurm.signal_ranks(signal.SIGTERM)
     (tmp_path / "squeue").write_text("#!/bin/sh\nexit 0\n")
     assert not slurm.signal_ranks(signal.SIGTERM)
+
+
+def test_only_ranks_themselves_get_a_signal_on_another_host():
+    """Not what they have started, and not processes whose variables only look like theirs."""
+    script = job_processes.SIGNAL_SCRIPT.format(mark=job_processes.MARK, value="abc", number=0, only_ranks="{}")
+    with ExitStack() as stack:
+        for variables in ({"LOCAL_RANK": "0"}, {"LOCAL_RANK": "1"}, {"X": "LOCAL_RANK=0", "MY_LOCAL_RANK": "2"}):
+            process = subprocess.Popen(
+                ["sh", "-c", "sleep 60 & echo; wait"],
+                env={"PATH": "/usr/bin:/bin", job_processes.MARK: "abc", **variables},
+                stdout=subprocess.PIPE,
+                start_new_session=True,
+            )
+            stack.callback(process.wait)
+            stack.callback(os.killpg, process.pid, signal.SIGKILL)
+            process.stdout.readline()
+        counts = [
+            subprocess.run(["sh"], input=script.replace("{}", word), capture_output=True, text=True).stdout
+            for word in ("yes", "no")
+        ]
+    assert counts == ["2\n", "6\n"]
+
+
+def test_torchrun_s_hosts_get_what_libraries_read():
+    given = {"CONDA_PREFIX": "/c", "CONDA_SHLVL": "1", "OMPI_COMM_WORLD_RANK": "0", "HF_TOKEN": "x", "MINE": "1"}
+    assert set(environment.for_hosts(given)) == {"CONDA_PREFIX", "HF_TOKEN", "MINE"}
+
+
+def test_no_variable_of_the_scripts_is_reported_as_withheld():
+    scripts = ("launch.sh", "train.example.sh", "train_sft.example.sh", "train.example.sbatch")
+    names = set(re.findall(r"\$\{([A-Z_]+):[-?]", "".join((ROOT / name).read_text() for name in scripts)))
+    assert {"CHECK_HOSTS", "LAUNCH_RECORD", "RUN_NAME"} <= names
+    assert environment.for_command_line(dict.fromkeys(names, "1")).unknown == []
+
+
+@pytest.mark.parametrize(
+    ("program", "cure"), [("ssh", "openssh-client"), ("srun", "Slurm's commands"), ("colossalai", "activate")]
+)
+def test_a_missing_program_has_its_own_cure(program, cure):
+    assert cure in watch_launch.cure_of(program)

@@ -27,19 +27,37 @@ NEW_SECONDS = 10.0
 _others: "weakref.WeakSet[psutil.Process]" = weakref.WeakSet()
 # For sh, whatever the login shell is. Prints how many processes it has signalled.
 SIGNAL_SCRIPT = """
-count=0
-for folder in /proc/[0-9]*; do
-    variables=$(tr "\\\\0" "\\\\n" <$folder/environ 2>/dev/null) || continue
-    case "
-$variables
-" in
+exec 2>/dev/null
+belongs() {{
+    variables="
+$(tr "\\\\0" "\\\\n" <"$1/environ")
+"
+    case "$variables" in
         *"
 {mark}={value}
 "*) ;;
-        *) continue ;;
+        *) return 1 ;;
     esac
-    case "{only_ranks}$variables" in yes*LOCAL_RANK=*|no*) ;; *) continue ;; esac
-    kill -{number} ${{folder#/proc/}} 2>/dev/null && count=$((count + 1))
+}}
+is_rank() {{
+    belongs "$1" || return 1
+    case "$variables" in
+        *"
+LOCAL_RANK="*) ;;
+        *) return 1 ;;
+    esac
+}}
+count=0
+for folder in /proc/[0-9]*; do
+    if [ {only_ranks} = yes ]; then
+        is_rank "$folder" || continue
+        # What a rank has started is no rank.
+        parent=$(sed -n "s/^PPid:[[:space:]]*//p" "$folder/status")
+        is_rank "/proc/$parent" && continue
+    else
+        belongs "$folder" || continue
+    fi
+    kill -{number} "${{folder#/proc/}}" && count=$((count + 1))
 done
 echo $count
 """

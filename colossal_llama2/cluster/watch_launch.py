@@ -298,6 +298,15 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
+def cure_of(program: str) -> str:
+    """What to do if a launcher's program is missing."""
+    if program == "ssh":
+        return "install OpenSSH's client (apt-get install openssh-client)"
+    if program == "colossalai":
+        return "activate the virtual environment (source .venv/bin/activate)"
+    return "Slurm's commands must be on PATH on the first node of the job"
+
+
 def plan_of(args: argparse.Namespace) -> Plan:
     """What to launch. Raises UserError for mistakes in the hostfile, the port, or flags that do not fit."""
     if args.max_restarts < 0:
@@ -342,9 +351,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             code = Watch(launch, args.name).run()
         except FileNotFoundError as error:
-            raise UserError(
-                f"no {error.filename} on PATH; activate the virtual environment (source .venv/bin/activate)"
-            ) from error
+            raise UserError(f"no {error.filename} on PATH; {cure_of(error.filename)}") from error
     sys.stdout.flush()
     os._exit(code)
 
