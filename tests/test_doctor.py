@@ -1,6 +1,7 @@
 """The doctor: what it asks of a host, the one line for each fault, and what a user sees. Real hosts: tests/cluster."""
 
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -19,6 +20,7 @@ from colossal_llama2.cluster.doctor.survey import Probe, Question, Reply
 from colossal_llama2.cluster.doctor.variables import findings as variable_findings
 from colossal_llama2.cluster.hostfile import Host
 from colossal_llama2.train import doctor
+from colossal_llama2.train.run_folder import lock_record
 from tests.conftest import ROOT
 
 GIB = 1 << 30
@@ -295,6 +297,20 @@ def test_a_lock_is_explained_by_what_its_host_reports():
         given[1].report["save_folder"]["owner_alive"] = alive
         (found,) = lines(given, question)
         assert found.startswith(message)
+
+
+def test_a_lock_of_this_host_before_it_was_started_again_is_not_judged_by_its_process_id(tmp_path, monkeypatch):
+    lock = tmp_path / ".lock"
+    lock.touch()
+    own = {"host": socket.gethostname(), "pid": os.getpid(), "kernel": lock_record.kernel_id(), "processes": None}
+    assert host_report._is_alive(own, lock) is False  # flock shows that nobody has it
+
+    def missing(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(host_report.fcntl, "flock", missing)
+    assert host_report._is_alive(own, lock) is True
+    assert host_report._is_alive({**own, "kernel": "an earlier one"}, lock) is None
 
 
 def test_a_taken_port_is_named_once():

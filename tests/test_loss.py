@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests import launching, layouts, reference
+from tests import launching, layouts, reference, training_jobs
 from tests.training_jobs import CLIP, GLOBAL_BATCH, LENGTH, LR, write_spliced_data
 
 STEPS = 4
@@ -159,3 +159,24 @@ def test_noise_of_a_run_has_the_scale_of_each_document(jobs, name):
 def test_ranks_of_a_model_copy_draw_the_same_noise(jobs):
     for name in ("noise_sp2", "noise_split_gather"):
         assert curve(jobs / name, "Loss") == pytest.approx(curve(jobs / "noise_tp2", "Loss"), rel=1e-5)
+
+
+# Micro batch, micro batches of a step, ranks: eight samples of unequal numbers of tokens in each step.
+SPLITS = ((4, 1, 2), (2, 2, 2), (1, 8, 1), (8, 1, 1))
+
+
+def test_a_step_is_the_same_however_it_is_divided(tmp_path, part, model_dir):
+    """Losses are weighted by tokens: over samples, micro batches and ranks alike."""
+    curves = []
+    for micro_batch, accumulation_steps, ranks in SPLITS:
+        name = f"split-{micro_batch}-{accumulation_steps}-{ranks}"
+        words = training_jobs.common_flags(tmp_path / name, model_dir, [part])
+        words += ["--plugin", "zero2", "--mixed_precision", "fp32", "--max_steps", STEPS]
+        words += ["--micro_batch_size", micro_batch, "--accumulation_steps", accumulation_steps]
+        spec = {"name": name, "script": "train_sft.py", "flags": [str(word) for word in words]}
+        launching.launch(tmp_path, [spec], ranks=ranks)
+        assert json.loads((tmp_path / f"{name}.json").read_text())["error"] is None
+        curves.append((curve(tmp_path / name, "Loss"), curve(tmp_path / name, "Gradient Norm")))
+    for losses, norms in curves:
+        assert len(losses) == STEPS
+        assert losses == pytest.approx(curves[0][0], rel=1e-5) and norms == pytest.approx(curves[0][1], rel=1e-5)

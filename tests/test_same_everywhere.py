@@ -6,6 +6,7 @@ import socket
 
 import datasets
 import pytest
+import safetensors.torch
 
 from colossal_llama2.train import same_everywhere
 from tests import fork_server
@@ -71,6 +72,15 @@ def test_ranks_with_other_flags_and_data_are_refused(tmp_path, start, parts):
         f"rank 0 on {host} has 0.0001; the samples of --dataset: rank 1 on {host} has "
     ) in ranks[0].errors
     assert not (tmp_path / "save").exists()
+
+
+def test_other_weights_of_the_same_shape_are_noticed(tmp_path, model_dir):
+    shutil.copytree(model_dir, tmp_path / "model")
+    assert same_everywhere._weights_digest(str(model_dir)) == same_everywhere._weights_digest(str(tmp_path / "model"))
+    file = next((tmp_path / "model").glob("*.safetensors"))
+    tensors = safetensors.torch.load_file(file)
+    safetensors.torch.save_file({name: tensor + 1e-3 for name, tensor in tensors.items()}, file, {"format": "pt"})
+    assert same_everywhere._weights_digest(str(model_dir)) != same_everywhere._weights_digest(str(tmp_path / "model"))
 
 
 def test_a_copy_of_the_data_in_another_place_is_the_same(tmp_path, start, parts):

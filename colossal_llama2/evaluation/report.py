@@ -10,6 +10,7 @@ from colossal_llama2.evaluation.results import Result, Score, figures
 from colossal_llama2.logs import get_logger
 from colossal_llama2.storage.files import replace_file, to_json
 from colossal_llama2.tables import print_table
+from colossal_llama2.task_names import BITS_PER_BYTE
 
 HEAD = ("model", "task", "examples", "items", "metric", "score", "error", "tokens/s")
 ALIGN = "llrrlrrr"
@@ -62,7 +63,15 @@ def _without_nan(value: Any) -> Any:
 def draw_results(results: Sequence[Result], path: Path) -> None:
     """Draw bars with error bars: accuracies on the left, bits per byte on the right, a colour for each model."""
     bars = [
-        Bar(result.model, result.task, result.score.value, result.score.error or 0.0, result.metric, result.chance)
+        # The axis has the metric's name already.
+        Bar(
+            result.model,
+            result.task.removeprefix(f"{BITS_PER_BYTE} "),
+            result.score.value,
+            result.score.error or 0.0,
+            result.metric,
+            result.chance,
+        )
         for result in results
         if not math.isnan(result.score.value)
     ]

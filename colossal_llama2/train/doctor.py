@@ -124,7 +124,8 @@ def lock_owner(save_dir: Path) -> dict | None:
         return None
     if record is None:
         return None
-    return {"host": record.host, "pid": record.pid, "since": record.since, "ending": record.ending}
+    names = ("host", "pid", "since", "ending", "kernel", "processes")
+    return {name: getattr(record, name) for name in names}
 
 
 def examine(hosts: Sequence[Host], question: Question, per_host: int | None) -> tuple[list[Reply], list[Finding]]:

@@ -23,10 +23,12 @@ from colossal_llama2.train.settings.config import TrainConfig
 from colossal_llama2.train.settings.model_source import has_tokenizer
 
 # Compared by content: a copy of the data may be in another place on each host.
-FOLDER_FLAGS = ("dataset", "eval_dataset")
+FOLDER_FLAGS = ("dataset", "eval_dataset", "eval_prompts")
 # Differences that a message names; more are counted.
 MAX_NAMED = 3
 HASH_DIGITS = 12
+# Parts of a file of weights that are hashed, evenly spaced: training changes all of it.
+SAMPLED_PARTS, PART_BYTES = 16, 1 << 16
 
 Facts = dict[str, str]
 
@@ -81,20 +83,36 @@ def _flags(config: TrainConfig) -> Facts:
 
 
 def _inputs(config: TrainConfig) -> Facts:
-    """What identifies the model and the data. Nothing large is read."""
-    folder = Path(config.source.pretrained)
-    weights = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
+    """What identifies the model and the data. Of large files, only parts are read."""
+    source = config.source
+    prompts = [prompt.record() for prompt in config.evaluation.prompts]
     facts = {
-        "config.json of --pretrained": _digest((folder / "config.json").read_bytes()),
-        "the weights of --pretrained (names and bytes)": _digest(json.dumps(weights).encode()),
+        "config.json of --pretrained": _digest(Path(source.pretrained, "config.json").read_bytes()),
+        "the weights that are loaded": _weights_digest(source.weights),
+        "the prompts of --eval_prompts": _digest(json.dumps(prompts).encode()),
         "the samples of --dataset": _digest_of(dataset_fingerprints(config.data.parts.paths)),
         "the samples of --eval_dataset": _digest_of(
             dataset_fingerprints([eval_set.path for eval_set in config.evaluation.sets])
         ),
     }
+    if source.adapter is not None:
+        facts["the adapter that is loaded"] = _weights_digest(source.adapter)
     if has_tokenizer(config.source.pretrained):
         facts["the tokenizer of --pretrained"] = fingerprint(config.source.pretrained)[:HASH_DIGITS]
     return facts
+
+
+def _weights_digest(folder: str) -> str:
+    """A hash of the names, sizes and some parts of a model's files of weights."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for number in range(SAMPLED_PARTS):
+                file.seek(max(size - PART_BYTES, 0) * number // (SAMPLED_PARTS - 1))
+                digest.update(file.read(PART_BYTES))
+    return digest.hexdigest()[:HASH_DIGITS]
 
 
 def differences(hosts: Sequence[str], facts: Sequence[Facts]) -> list[str]:

@@ -3,8 +3,9 @@
 #
 #   bash tests/cluster/run.sh [--launcher colossalai|torchrun|slurm] [--only WORD] [--keep DIR] [--patience FACTOR]
 #
-# It takes about ten minutes and ends with code 1 if a cell is not as expected. It needs root, and iproute2 and
-# openssh-server; with slurm-wlm and munge also Slurm is tested, and with tcsh its login shell. It installs nothing.
+# It takes half an hour on two busy cores, less on idle ones, and prints each cell when it is done. It ends with code 1
+# if a cell is not as expected. It needs root, iproute2 and openssh-server; with slurm-wlm and munge also Slurm is
+# tested, and with tcsh its login shell. It installs nothing.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then

@@ -249,8 +249,15 @@ def _flock(path: Path, kind: int = fcntl.LOCK_EX) -> str:
 
 
 def _is_alive(owner: dict, lock: Path) -> bool | None:
-    """Whether a lock's process runs here and still has the lock; None if the lock is of another host."""
+    """Whether a lock's process runs here and still has the lock; None if it is of another host, or cannot be told.
+
+    A host that was started again, or a container, has the name of the lock's host, but other processes.
+    """
     if owner["host"] != socket.gethostname():
+        return None
+    flock = _flock(lock, fcntl.LOCK_SH) if lock.is_file() else "free"
+    is_elsewhere = owner.get("kernel") not in (None, _boot_id()) or owner.get("processes") not in (None, _namespace())
+    if is_elsewhere and flock not in ("free", "held"):
         return None
     try:
         os.kill(owner["pid"], 0)
@@ -259,7 +266,23 @@ def _is_alive(owner: dict, lock: Path) -> bool | None:
     except PermissionError:
         pass
     # Another process may have got its number since.
-    return not (lock.is_file() and _flock(lock, fcntl.LOCK_SH) == "free")
+    return flock != "free" or not lock.is_file()
+
+
+def _boot_id() -> str | None:
+    """As lock_record.kernel_id of train/run_folder/."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+
+
+def _namespace() -> str | None:
+    """As lock_record.process_namespace."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
 
 
 def network(request: dict) -> dict:

@@ -38,7 +38,7 @@ CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 class LockLost(Exception):
-    """Another process holds the lock. Its record is the argument."""
+    """Another process holds, or held, the lock. Its record is the argument, None if the lock file is gone."""
 
 
 class HeldLock:
@@ -162,7 +162,14 @@ class HeldLock:
         return record is not None and record.token == self._record.token
 
     def _restore(self) -> None:
-        """Create the file again, which somebody removed. Raises OSError if another process is faster."""
+        """Create the file again, which somebody removed.
+
+        Raises:
+            LockLost: this process was away for so long that another run may have taken the lock over, and ended.
+            OSError: another process is faster.
+        """
+        if _now() - self._confirmed_at > FRESH_SECONDS:
+            raise LockLost(None)
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -182,10 +189,11 @@ class HeldLock:
         who = "another run" if owner is None else owner.named()
         if not self._is_settled:
             return f"--save_dir {self._path.parent}: {who} is writing to it; {WAIT_OR_STOP}, or give another folder"
+        mine = f"the lock of this process on {self._record.host}, which had not renewed it"
+        what = f"{who} has taken over {mine}" if owner else f"{mine}, was removed, perhaps by a run that has ended"
         return (
-            f"--save_dir {self._path.parent}: {who} has taken over the lock of this process on {self._record.host}, "
-            f"which had not renewed it; this run ends and writes nothing more. Keep one run, or continue later with "
-            f"--resume auto"
+            f"--save_dir {self._path.parent}: {what}; this run ends and writes nothing more. Keep one run, or continue "
+            f"later with --resume auto"
         )
 
     def _end_process(self, owner: LockRecord | None) -> NoReturn:
