@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import psutil
 
+from colossal_llama2.cluster import ssh
+
 MARK = "COLOSSAL_LLAMA2_LAUNCH"
-CONNECT_SECONDS = 5
-SSH = ("ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}", "-o", "LogLevel=ERROR")
 # What this takes on a host that answers is far less.
 REMOTE_SECONDS = 15
 # A process this old starts no other program in its place.
@@ -114,7 +114,7 @@ def signal_hosts(destinations: Sequence[str], value: str, number: int, *, only_r
         # Through stdin: no quoting is the same in every shell.
         with suppress(subprocess.TimeoutExpired, OSError):
             process = subprocess.run(
-                [*SSH, destination, "sh"], input=script, capture_output=True, text=True, timeout=REMOTE_SECONDS
+                ssh.command(destination, "sh"), input=script, capture_output=True, text=True, timeout=REMOTE_SECONDS
             )
             return process.returncode == 0
         return False

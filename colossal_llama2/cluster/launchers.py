@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import IO
 
-from colossal_llama2.cluster import environment, hostfile, job_processes
+from colossal_llama2.cluster import environment, hostfile, job_processes, ssh
 from colossal_llama2.cluster.hostfile import Host
 from colossal_llama2.cluster.launch_output import LaunchOutput
 from colossal_llama2.errors import RunError, UserError
@@ -30,8 +30,6 @@ FROM_LOGIN_SHELL = (
     "exec sh -c 'IFS= read -r folder && IFS= read -r python && "
     'cd "$folder" && exec "$python" -m colossal_llama2.cluster.on_host\''
 )
-SSH_OPTIONS = ("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=4")
-SSH_FAILED = 255
 SLURM_ENDS_IT = re.compile(r"Invalid job id|already completing", re.I)
 
 
@@ -164,7 +162,7 @@ class TorchrunLaunch(Launch):
         variables = environment.for_hosts(os.environ) | {job_processes.MARK: plan.mark}
         for number, host in enumerate(plan.hosts):
             remote = host != plan.here
-            start = [*job_processes.SSH, *SSH_OPTIONS, host.destination, FROM_LOGIN_SHELL]
+            start = ssh.command(host.destination, FROM_LOGIN_SHELL)
             if not remote:
                 start = [sys.executable, "-m", "colossal_llama2.cluster.on_host"]
             process = self._start(host.name, start, dict(os.environ), piped=True)
@@ -272,7 +270,7 @@ LAUNCHES: dict[str, type[Launch]] = {
 def check_port(first: Host, port: int) -> None:
     """Raise UserError if another process listens on the port. `first` is this host."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        # As torch's store binds it: what earlier connections left behind is no obstacle.
+        # As torch's store binds it: what earlier connections left behind does not count.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
@@ -281,11 +279,11 @@ def check_port(first: Host, port: int) -> None:
 
 
 def slurm_hosts() -> list[Host]:
-    """The hosts of the present Slurm job. Raises UserError if this is none."""
+    """The hosts of the present Slurm job. Raises UserError if this is not one."""
     if "SLURM_JOB_ID" not in os.environ:
         raise UserError(
-            "LAUNCHER=slurm, but this is no Slurm job; submit it with sbatch train.sbatch (see train.example.sbatch), "
-            "or run it in salloc"
+            "LAUNCHER=slurm, but this is not a Slurm job; submit it with sbatch train.sbatch "
+            "(see train.example.sbatch), or run it in salloc"
         )
     nodes = os.environ.get("SLURM_JOB_NODELIST", "")
     try:

@@ -25,7 +25,7 @@ from contextlib import suppress
 from typing import IO
 
 from colossal_llama2 import errors
-from colossal_llama2.cluster import hostfile, job_processes, launchers
+from colossal_llama2.cluster import hostfile, job_processes, launchers, ssh
 from colossal_llama2.cluster.hostfile import HostfileError
 from colossal_llama2.cluster.launch_output import LaunchOutput, RankFailure
 from colossal_llama2.cluster.launchers import Launch, Plan
@@ -214,7 +214,7 @@ class Watch:
         failure = output.hosts.get(host)
         if failure is not None and not failure.was_connected:
             return f"{where}no ssh connection: {failure.reason} (ssh -o BatchMode=yes {host} true must work)"
-        if isinstance(self._launch, launchers.TorchrunLaunch) and code == launchers.SSH_FAILED:
+        if isinstance(self._launch, launchers.TorchrunLaunch) and code == ssh.FAILED:
             return f"{where}no ssh connection, or it was lost (ssh -o BatchMode=yes {host} true must work)"
         if output.errors:
             return f"{where}{output.errors[0]}"
