@@ -192,11 +192,12 @@ def start_here(tmp_path):
     stand_in.write_text(f"#!/bin/sh\nLOCAL_RANK=0 exec {sys.executable} -u script.py\n")
     stand_in.chmod(0o755)
 
-    def start(script: str, **streams) -> subprocess.Popen:
+    def start(script: str, *flags: str, variables: dict[str, str] | None = None, **streams) -> subprocess.Popen:
         (tmp_path / "script.py").write_text(script)
         words = [sys.executable, "-m", "colossal_llama2.cluster.watch_launch", "--nproc_per_node=1", "--name=train.sh"]
+        words += [f"--master_port={free_port()}"]
         path = {"PATH": f"{stand_in.parent}:/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
-        return subprocess.Popen([*words, "script.py"], cwd=tmp_path, env=path, **streams)
+        return subprocess.Popen([*words, *flags, "script.py"], cwd=tmp_path, env=path | (variables or {}), **streams)
 
     return start
 
@@ -211,6 +212,39 @@ def test_a_signal_reaches_the_ranks_though_nobody_reads_the_messages(start_here,
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
     assert process.returncode == 143 and (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_the_ranks_have_started_ends_the_launch(start_here, tmp_path, number):
+    """Nothing is there that could save, and nothing that would end later because of the signal."""
+    (tmp_path / "bin" / "colossalai").write_text("#!/bin/sh\necho ready\nexec sleep 60\n")
+    process = start_here("", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert errors.decode().splitlines()[-1] == "train.sh: error: ended before the ranks had started"
+
+
+def test_a_signal_to_a_launch_by_slurm_ends_it_with_the_code_of_srun(start_here, tmp_path):
+    """Slurm's tasks are ranks without LOCAL_RANK. The stand-ins find a step by its name, and signal its one task."""
+    for name, does in {
+        "scontrol": "echo localhost",
+        "srun": f'for word; do case $word in --job-name=*) echo "${{word#--job-name=}}" >{tmp_path}/name; esac; done\n'
+        f"echo $$ >{tmp_path}/task; exec {sys.executable} -u script.py",
+        "squeue": f'echo "7.0 $(cat {tmp_path}/name)"',
+        "scancel": f'test "$*" = "--signal=TERM 7.0" && kill "$(cat {tmp_path}/task)"',
+    }.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    process = start_here(
+        SAVES, "--launcher=slurm", variables={"SLURM_JOB_ID": "7"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 143 and (tmp_path / "saved").exists()
+    assert errors.decode() == "train.sh: SIGTERM: passed on to the ranks, which save and end\n"
 
 
 def test_hosts_are_looked_up_once(tmp_path, monkeypatch):
