@@ -30,6 +30,8 @@ FROM_LOGIN_SHELL = (
     "exec sh -c 'IFS= read -r folder && IFS= read -r python && "
     'cd "$folder" && exec "$python" -m colossal_llama2.cluster.on_host\''
 )
+# Slurm's commands wait longer for a controller that is away.
+SLURM_SECONDS = 60
 SLURM_ENDS_IT = re.compile(r"Invalid job id|already completing", re.I)
 
 
@@ -254,7 +256,10 @@ class SlurmLaunch(Launch):
 
     @staticmethod
     def _ask(*command: str) -> str:
-        asked = subprocess.run(command, capture_output=True, text=True)
+        try:
+            asked = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            raise RunError(f"{command[0]}: no answer within {SLURM_SECONDS} s") from error
         if asked.returncode:
             raise RunError(f"{command[0]}: {one_line(asked.stderr) or f'exit code {asked.returncode}'}")
         return asked.stdout

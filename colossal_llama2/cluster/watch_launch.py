@@ -125,7 +125,8 @@ class Watch:
         with self._lock:
             ended = self._launch.ended()
         ranks = job_processes.Processes.of(self._launch.plan.mark).ranks
-        self._seen_ranks |= bool(ranks)
+        if ranks:
+            self._seen_ranks = True
         if ended and self._first_end is None:
             self._first_end = now
         if self._first_end is None:
@@ -142,10 +143,11 @@ class Watch:
         """Pass a signal on to the ranks. Returns whether there are any."""
         # The terminal was closed.
         number = signal.SIGTERM if number == signal.SIGHUP else number
-        self._passed_on = number
         name = job_processes.name_of(number)
-        self._seen_ranks |= bool(job_processes.Processes.of(self._launch.plan.mark).ranks)
+        if job_processes.Processes.of(self._launch.plan.mark).ranks:
+            self._seen_ranks = True
         if not self._seen_ranks and self._waits_for_ranks():
+            self._passed_on = number
             return False
         try:
             were_signalled = self._launch.signal_ranks(number)
@@ -153,6 +155,7 @@ class Watch:
             # The ranks go on, and the signal can be sent again.
             self._report(f"warning: {name}: not passed on to the ranks: {reason(error)}")
             return True
+        self._passed_on = number
         if were_signalled:
             self._seen_ranks = True
             self._report(f"{name}: passed on to the ranks, which save and end")
@@ -259,8 +262,8 @@ class Watch:
             with self._lock:
                 self._finished_line |= FINISHED in text
                 # Slurm's tasks have no LOCAL_RANK, and none may be on this host.
-                is_slurm = isinstance(self._launch, launchers.SlurmLaunch)
-                self._seen_ranks |= is_slurm and not text.startswith("srun: ")
+                if isinstance(self._launch, launchers.SlurmLaunch) and not text.startswith("srun: "):
+                    self._seen_ranks = True
                 self._launch.output.read(text)
 
     def _report(self, text: str) -> None:
