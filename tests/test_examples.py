@@ -382,6 +382,16 @@ def test_a_slurm_job_is_requeued_after_so_many_faults_alone(workplace):
     assert output == "train.sbatch: exit code 1 after 2 requeues (MAX_REQUEUES); job 70007 is not requeued\n"
 
 
+def test_a_signal_to_a_slurm_job_reaches_the_launch_whose_exit_code_counts(workplace):
+    """`scancel -b --signal=TERM JOB`. The signal alone does not end the job."""
+    process = start_job(workplace, "trap 'sleep 0.5; exit 143' TERM\necho ready\nwhile :; do sleep 0.1; done\n")
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 143
+    assert output == "train.sbatch: ended by a signal; job 70007 is not requeued\n"
+
+
 @pytest.mark.parametrize(
     "code, line",
     [(0, None), (1, "exit code 1 before the launch"), (2, "exit code 2, a mistake"), (143, "ended by a signal")],
