@@ -28,8 +28,8 @@ launch() {
     check_launcher
     local -a words=("$@") run_words=()
     local hash
-    hash=$(command_hash "$script" "$@")
-    name_run "$hash"
+    hash=$(command_hash "$script" "$PROJECT_NAME" "$@")
+    name_run "$hash" "$@"
     local -a arguments=(
         --save_dir "${PARENT_SAVE_DIR%/}/$RUN_NAME"
         --tensorboard_dir "${PARENT_TENSORBOARD_DIR%/}/$RUN_NAME"
@@ -51,6 +51,7 @@ launch() {
     fi
     mkdir -p "$PARENT_SAVE_DIR" "$PARENT_TENSORBOARD_DIR" "$PARENT_CONFIG_FILE"
     keep_name "$hash"
+    record_launch "${arguments[@]}"
     # `exec` leaves without the trap.
     if [[ $LAUNCHER == slurm ]]; then rm -f "$HOSTFILE"; fi
     exec python -m colossal_llama2.cluster.watch_launch --launcher "$LAUNCHER" --hostfile "$HOSTFILE" \
@@ -64,7 +65,8 @@ check_launcher() {
         colossalai | torchrun) ;;
         slurm)
             if [[ -z ${SLURM_JOB_ID:-} ]]; then
-                stop "LAUNCHER=slurm outside of a Slurm job; submit one: sbatch train.sbatch (cp train.example.sbatch train.sbatch)"
+                stop "LAUNCHER=slurm outside of a Slurm job; submit one: sbatch train.sbatch" \
+                    "(cp train.example.sbatch train.sbatch)"
             fi
             HOSTFILE=$(mktemp)
             trap 'rm -f "$HOSTFILE"' EXIT
@@ -72,6 +74,15 @@ check_launcher() {
             ;;
         *) stop "LAUNCHER is $LAUNCHER; give colossalai, torchrun or slurm" ;;
     esac
+    if ! [[ $MASTER_PORT =~ ^[0-9]{1,5}$ ]] || ((10#$MASTER_PORT < 1 || 10#$MASTER_PORT > 65535)); then
+        stop "MASTER_PORT is $MASTER_PORT; give a port from 1 to 65535"
+    fi
+    if ! [[ ${MAX_RESTARTS:-0} =~ ^[0-9]{1,6}$ ]]; then
+        stop "MAX_RESTARTS is $MAX_RESTARTS; give a whole number from 0 on"
+    fi
+    if ((10#${MAX_RESTARTS:-0} > 0)) && [[ $LAUNCHER != torchrun ]]; then
+        stop "MAX_RESTARTS=$MAX_RESTARTS needs LAUNCHER=torchrun; $LAUNCHER starts ranks once"
+    fi
     if ! command -v python >/dev/null; then
         stop "no python on PATH; activate the virtual environment: source .venv/bin/activate"
     fi
@@ -88,7 +99,7 @@ command_hash() {
     printf '%s\0' "$@" | sed -z '/^--resume$/,+1d; /^--resume=/d' | sha256sum | cut -c 1-16
 }
 
-# name_run HASH: set RUN_NAME, and run_words of `launch` if the run continues.
+# name_run HASH ARGUMENT...: set RUN_NAME, and run_words of `launch` if the run continues.
 name_run() {
     local named="" started=""
     if [[ -z ${RUN_NAME:-} ]]; then
@@ -96,7 +107,13 @@ name_run() {
             RUN_NAME=$(sed -n "s/^$1 //p" "$names_file" | tail -n 1)
             named=${RUN_NAME:+", which $names_file has for this command; RESUME=never starts another"}
         fi
-        RUN_NAME="${RUN_NAME:-$PROJECT_NAME-$(date +%Y-%m-%d-%H-%M-%S)}"
+        if [[ -z ${RUN_NAME:-} ]]; then
+            RUN_NAME="$PROJECT_NAME-$(date +%Y-%m-%d-%H-%M-%S)"
+            if [[ ${RESUME:-} == auto || " ${*:2}" == *" --resume"* ]]; then
+                echo "${0##*/}: starting the run $RUN_NAME; $names_file has none for this command;" \
+                    "RUN_NAME=... continues an earlier run" >&2
+            fi
+        fi
     fi
     if [[ -d ${PARENT_SAVE_DIR%/}/$RUN_NAME ]]; then
         started=yes
@@ -124,8 +141,27 @@ keep_name() {
     fi
 }
 
-# check_before_launch SCRIPT ARGUMENT...: here and once. A mistake is one line, to which a launcher would add dozens. From
-# 128 on, a signal ended the check, as Ctrl-C does. Other codes do not concern the flags.
+# record_launch ARGUMENT...: into the file LAUNCH_RECORD, if it is set, write the run's folder and its newest
+# checkpoint, a line each. train.sbatch compares them with what is there afterwards.
+record_launch() {
+    if [[ -z ${LAUNCH_RECORD:-} ]]; then
+        return
+    fi
+    local folder="" newest
+    # As for train.py, the last one counts.
+    while (($#)); do
+        case $1 in
+            --save_dir) folder=${2:-} ;;
+            --save_dir=*) folder=${1#--save_dir=} ;;
+        esac
+        shift
+    done
+    newest=$(cat "$folder/latest" 2>/dev/null || true)
+    printf '%s\n' "$folder" "${newest:-none}" >"$LAUNCH_RECORD"
+}
+
+# check_before_launch SCRIPT ARGUMENT...: here and once. A mistake is one line, to which a launcher would add dozens.
+# From 128 on, a signal ended the check, as Ctrl-C does. Other codes do not concern the flags.
 check_before_launch() {
     local checked=0
     python -m colossal_llama2.train.before_launch --nproc_per_node "$NPROC_PER_NODE" --hostfile "$HOSTFILE" "$@" ||

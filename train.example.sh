@@ -8,7 +8,8 @@
 # from its place in the data too:
 #   STAGE=align RUN_NAME=align ALIGN_STEPS=1000 bash train.sh
 #   STAGE=inject RUN_NAME=inject AFTER=runs/checkpoints/align/epoch-0_step-1000 bash train.sh
-#   STAGE=replay RUN_NAME=replay PRETRAINED_MODEL_PATH=runs/checkpoints/inject/modeling MIXTURE="zh=0.5 en=0.5" bash train.sh
+#   STAGE=replay RUN_NAME=replay PRETRAINED_MODEL_PATH=runs/checkpoints/inject/modeling MIXTURE="zh=0.5 en=0.5" \
+#       bash train.sh
 # train_sft.example.sh is its twin, apart because each is copied and edited by itself; what both do is in launch.sh.
 # Paths are relative to this script's folder. On several hosts it and the paths must be the same on each.
 set -euo pipefail
@@ -44,8 +45,8 @@ STAGE="${STAGE:-inject}"
 ALIGN_STEPS="${ALIGN_STEPS:-1000}"
 # For inject: the checkpoint of align to continue from, with the same data; empty if there was none.
 AFTER="${AFTER:-}"
-# For replay: shares of the sources of `dataset` in the tokens of each bucket, such as "zh=0.5 en=0.5". A source is named
-# as the folder that contains its part-* folders, or NAME of NAME=PATH.
+# For replay: shares of the sources of `dataset` in the tokens of each bucket, such as "zh=0.5 en=0.5". A source is
+# named as the folder that contains its part-* folders, or NAME of NAME=PATH.
 MIXTURE="${MIXTURE:-}"
 
 # All part-* folders to train on, from one output folder of prepare_pretrain_dataset.py or several.

@@ -2,7 +2,8 @@
 # Fine-tune on conversations on every host of `hostfile`:
 # cp train_sft.example.sh train_sft.sh, set the variables below, bash train_sft.sh.
 #
-# Each variable can come from the environment instead, and arguments go to train_sft.py, where a flag's last value counts:
+# Each variable can come from the environment instead, and arguments go to train_sft.py, where a flag's last value
+# counts:
 #   NPROC_PER_NODE=2 DATASET="arrow_sft/part-00000 arrow_sft/part-00001" bash train_sft.sh --plugin gemini --lr 2e-5
 # train.example.sh is its twin, apart because each is copied and edited by itself; what both do is in launch.sh.
 # Paths are relative to this script's folder. On several hosts it and the paths must be the same on each.

@@ -142,13 +142,19 @@ def test_the_same_command_continues_its_run(workplace):
     again = launched(script, "--lr", "2e-4", messages=message)[1]
     assert (again.save_dir, again.resume) == (first.save_dir, "auto")
     assert launched(script, "--lr", "2e-4", "--resume", "auto", messages=message)[1].save_dir == first.save_dir
+    # Another project has runs of its own.
+    named = launched(script, "--lr", "2e-4", PROJECT_NAME="named")[1]
+    assert Path(named.save_dir).name.startswith("named-") and named.resume is None
     # Names have seconds.
     other = launched(script, "--lr", "3e-4", PROJECT_NAME="other")[1]
     assert other.save_dir != first.save_dir and other.resume is None
-    anew = launched(script, "--lr", "2e-4", RESUME="never", PROJECT_NAME="anew")[1]
-    assert Path(anew.save_dir).name.startswith("anew-") and anew.resume is None
+    anew = launched(script, "--lr", "2e-4", RESUME="never")[1]
+    assert anew.save_dir != first.save_dir and anew.resume is None
     # The newest run of a command is the one that continues.
     assert launched(script, "--lr", "2e-4")[1].save_dir == anew.save_dir
+    # A run is asked for that is not there.
+    message = r"train\.sh: starting the run second-\S+; \S+/run_names.txt has none .*; RUN_NAME=\.\.\. .*\n"
+    launched(script, "--lr", "2e-4", "--resume", "auto", PROJECT_NAME="second", messages=message)
     assert run(script, RESUME="yes").stderr.endswith("RESUME is yes; give auto or never\n")
 
 
@@ -297,14 +303,23 @@ def test_launchers_that_cannot_be_used_are_refused(name, workplace):
         process = run(workplace / f"{name}.sh", LAUNCHER=launcher)
         assert (process.returncode, process.stdout) == (2, "") and cure in process.stderr
         assert len(process.stderr.splitlines()) == 1
-    process = run(workplace / f"{name}.sh", MAX_RESTARTS="2")
-    assert process.returncode == 2 and "MAX_RESTARTS=2 needs LAUNCHER=torchrun" in process.stderr
+    mistakes = {
+        "MAX_RESTARTS=2": "MAX_RESTARTS=2 needs LAUNCHER=torchrun",
+        "MAX_RESTARTS=-1": "MAX_RESTARTS is -1; give a whole number",
+        "MAX_RESTARTS=abc": "MAX_RESTARTS is abc; give a whole number",
+        "MASTER_PORT=abc": "MASTER_PORT is abc; give a port from 1 to 65535",
+        "MASTER_PORT=70000": "MASTER_PORT is 70000; give a port",
+    }
+    for variable, message in mistakes.items():
+        process = run(workplace / f"{name}.sh", **dict([variable.split("=")]))
+        assert process.returncode == 2 and message in process.stderr and len(process.stderr.splitlines()) == 1
+    assert not (workplace / "runs").exists()
     (workplace.parent / "bin" / "colossalai").unlink()
     process = run(workplace / f"{name}.sh", PATH=f"{workplace.parent / 'bin'}:/usr/bin:/bin")
     assert process.returncode == 2 and "source .venv/bin/activate" in process.stderr
 
 
-def start_job(workplace: Path, train: str) -> subprocess.Popen:
+def start_job(workplace: Path, train: str, **variables: str) -> subprocess.Popen:
     """Run train.example.sbatch as Slurm does, with another train.sh, and an scontrol that records."""
     shutil.copy(ROOT / "train.example.sbatch", workplace / "train.sbatch")
     (workplace / "train.sh").write_text(train)
@@ -318,6 +333,7 @@ def start_job(workplace: Path, train: str) -> subprocess.Popen:
         "SLURM_JOB_ID": "70007",
         "SLURM_JOB_NAME": "my job",
         "SLURM_NTASKS_PER_NODE": "4",
+        **variables,
     }
     return subprocess.Popen(
         ["bash", workplace / "train.sbatch", "--lr", "1"], env=given, stdout=subprocess.PIPE, text=True
@@ -334,25 +350,61 @@ def test_a_slurm_job_requeues_itself_after_a_save(workplace):
     assert (workplace / "scontrol.txt").read_text() == "requeue 70007\n"
 
 
-def test_a_slurm_job_requeues_itself_after_a_fault_if_it_has_saved(workplace):
-    save = 'mkdir -p "runs/checkpoints/$RUN_NAME"; echo epoch-0_step-9 >"runs/checkpoints/$RUN_NAME/latest"'
-    process = start_job(workplace, f"{save}\nexit 1\n")
-    assert "exit code 1, after the checkpoint epoch-0_step-9; requeueing" in process.communicate(timeout=20)[0]
-    assert process.returncode == 1 and (workplace / "scontrol.txt").read_text() == "requeue 70007\n"
+# A train.sh in which another folder was written over PARENT_SAVE_DIR, and which saves.
+SAVES = (
+    "source ./launch.sh\nfolder='my runs/x'\nrecord_launch --save_dir runs/x --lr 1 --save_dir \"$folder\"\n"
+    'mkdir -p "$folder"; echo epoch-0_step-{step} >"$folder/latest"\n'
+)
+
+
+@pytest.mark.parametrize("code", [1, 134, 137, 139])
+def test_a_slurm_job_requeues_itself_after_a_fault_if_it_has_saved(code, workplace):
+    train = f"{SAVES.format(step=9)}exit {code}\n"
+    process = start_job(workplace, train)
+    (line,) = process.communicate(timeout=20)[0].splitlines()
+    assert line == f"train.sbatch: exit code {code}, after the checkpoint epoch-0_step-9; requeueing job 70007"
+    assert process.returncode == code and (workplace / "scontrol.txt").read_text() == "requeue 70007\n"
+    assert len((workplace / "my runs" / "x" / "faults.txt").read_text().splitlines()) == 1
     (workplace / "scontrol.txt").unlink()
     # The same fault at the same place again.
-    process = start_job(workplace, f"{save}\nexit 1\n")
-    assert "requeueing" not in process.communicate(timeout=20)[0] and not (workplace / "scontrol.txt").exists()
+    (line,) = start_job(workplace, train).communicate(timeout=20)[0].splitlines()
+    assert line == f"train.sbatch: exit code {code} without a new checkpoint in my runs/x; job 70007 is not requeued"
+    assert not (workplace / "scontrol.txt").exists()
 
 
-@pytest.mark.parametrize("code", [0, 1, 143])
-def test_a_slurm_job_that_is_done_or_has_failed_is_not_requeued(code, workplace):
+def test_a_slurm_job_is_requeued_after_so_many_faults_alone(workplace):
+    """Requeues before the end of the job's time are not counted."""
+    for number, allowed in enumerate((True, True, False)):
+        train = f"{SAVES.format(step=number)}exit 1\n"
+        process = start_job(workplace, train, MAX_REQUEUES="2", SLURM_RESTART_COUNT="50")
+        output, _ = process.communicate(timeout=20)
+        assert ("requeueing job" in output) is allowed
+    assert output == "train.sbatch: exit code 1 after 2 requeues (MAX_REQUEUES); job 70007 is not requeued\n"
+
+
+def test_a_signal_to_a_slurm_job_reaches_the_launch_whose_exit_code_counts(workplace):
+    """`scancel -b --signal=TERM JOB`. The signal alone does not end the job."""
+    process = start_job(workplace, "trap 'sleep 0.5; exit 143' TERM\necho ready\nwhile :; do sleep 0.1; done\n")
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 143
+    assert output == "train.sbatch: ended by a signal; job 70007 is not requeued\n"
+
+
+@pytest.mark.parametrize(
+    "code, line",
+    [(0, None), (1, "exit code 1 before the launch"), (2, "exit code 2, a mistake"), (143, "ended by a signal")],
+)
+def test_a_slurm_job_that_is_done_or_has_failed_is_not_requeued(code, line, workplace):
     names = "LAUNCHER RUN_NAME RESUME NPROC_PER_NODE MASTER_PORT"
     process = start_job(workplace, f'for name in {names}; do echo "${{!name}}"; done; exit {code}\n')
     output, _ = process.communicate(timeout=20)
     assert process.returncode == code and not (workplace / "scontrol.txt").exists()
     # The job's number stays the same when it is requeued.
-    assert output.splitlines() == ["slurm", "my job-70007", "auto", "4", "20007"]
+    assert output.splitlines()[:5] == ["slurm", "my job-70007", "auto", "4", "20007"]
+    reasons = output.splitlines()[5:]
+    assert not reasons if line is None else (line in reasons[0] and reasons[0].endswith("70007 is not requeued"))
 
 
 def test_the_hostfile_is_the_readme_s():

@@ -3,7 +3,8 @@
 `colossalai run` writes its whole environment into a command line for each host's shell, in double quotes with nothing
 escaped (cli/launcher/multinode_runner.py). Everybody on the host can read a command line. So it gets the variables that
 training and its libraries read, without keys and passwords, and without values that a shell would change. What is
-withheld is reported by name. Other launchers keep variables out of command lines and pass on everything.
+withheld is reported by name. Other launchers keep variables out of command lines. torchrun's hosts get all but what
+belongs to this login or to another launcher.
 """
 
 import re
@@ -30,7 +31,8 @@ LOCAL_NAMES = (
     "GROUP_RANK ROLE_RANK ROLE_NAME "
     # Of launch.sh and the scripts that use it.
     "LAUNCHER HOSTFILE NPROC_PER_NODE MAX_RESTARTS PASS_ENVIRONMENT RUN_NAME RESUME PROJECT_NAME PARENT_SAVE_DIR "
-    "PARENT_TENSORBOARD_DIR PARENT_CONFIG_FILE PRETRAINED_MODEL_PATH STAGE ALIGN_STEPS AFTER MIXTURE DATASET"
+    "PARENT_TENSORBOARD_DIR PARENT_CONFIG_FILE PRETRAINED_MODEL_PATH STAGE ALIGN_STEPS AFTER MIXTURE DATASET "
+    "CHECK_HOSTS LAUNCH_RECORD MAX_REQUEUES SCRIPT"
 ).split()
 LOCAL = re.compile(
     r"(SSH_(CLIENT|CONNECTION|TTY|AGENT_PID|ASKPASS)|XDG_(SESSION|RUNTIME|DATA|CURRENT|SEAT|VTNR|MENU)|BASH_|SLURM|SBATCH|"
@@ -75,7 +77,7 @@ class Passed:
             'a shell would change their values; leave out quotes, "$", "\\", "!" and line breaks, or use '
             "LAUNCHER=torchrun": self.unquotable,
             "colossalai run leaves out empty values": self.empty,
-            'no library of this command reads them; PASS_ENVIRONMENT="NAME ..." passes more': self.unknown,
+            'not known to be needed; PASS_ENVIRONMENT="NAME ..." passes more': self.unknown,
         }
         return [f"not passed to the hosts: {', '.join(names)} ({why})" for why, names in reasons.items() if names]
 
@@ -107,7 +109,11 @@ def for_command_line(environment: Mapping[str, str], more: str = "") -> Passed:
 
 def for_hosts(environment: Mapping[str, str]) -> dict[str, str]:
     """What a launcher passes on that keeps variables out of command lines: everything that is not of this login."""
-    return {name: value for name, value in environment.items() if NAME.fullmatch(name) and not _is_local(name)}
+    return {
+        name: value
+        for name, value in environment.items()
+        if NAME.fullmatch(name) and (READ.fullmatch(name) or not _is_local(name))
+    }
 
 
 def _is_local(name: str) -> bool:

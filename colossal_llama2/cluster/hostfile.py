@@ -1,35 +1,25 @@
 """A hostfile as typed hosts, and each mistake in it as one line `hostfile:LINE: ...`.
 
-    python -m colossal_llama2.cluster.hostfile hostfile
-
-prints the hosts as the launcher expects them, one name or address per line, or every mistake on a line of its own and
-exits with code 2. It imports no torch.
-
 Accepted on each line: NAME, USER@NAME, NAME:PORT, [IPV6]:PORT, followed by slots=N, as in hostfiles of MPI and
 DeepSpeed. `#` begins a comment. `colossalai run` itself resolves each whole line as a name (cli/launcher/hostinfo.py),
 so it gets the names alone, and a user or port has to be in ~/.ssh/config, which it reads.
 """
 
-import argparse
 import concurrent.futures
 import contextlib
 import ipaddress
 import re
 import socket
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from colossal_llama2 import errors
 from colossal_llama2.errors import UserError
-from colossal_llama2.terminal_text import show_line
 
 MAX_BYTES = 1 << 20
 MAX_PORT = 65535
 SSH_PORT = 22
 LOOKUPS_AT_ONCE = 64
-LAUNCHERS = ("colossalai", "ssh")
 # Underscores are no letters of host names, but /etc/hosts and Docker accept them.
 NAME = re.compile(r"(?!-)[\w.-]{1,253}")
 USER = re.compile(r"[A-Za-z_][\w.-]*\$?")
@@ -204,7 +194,7 @@ def check_slots(path: Path | str, hosts: Sequence[Host], per_host: int) -> None:
 
 
 def _lines(path: Path | str) -> list[str]:
-    """The lines of a file, whatever ends them. Raises HostfileError if it is no small text file."""
+    """The lines of a file, whatever ends them. Raises HostfileError if it is not a small text file."""
     try:
         with open(path, "rb") as file:
             content = file.read(MAX_BYTES + 1)
@@ -241,7 +231,7 @@ def _host(words: Sequence[str], line: int) -> Host:
         slots = number if found[1] == "slots" else slots
     user, at, place = first.rpartition("@")
     if at and not USER.fullmatch(user):
-        raise _LineError(f"{first!r}: {user!r} is no user's name; write user@host")
+        raise _LineError(f"{first!r}: {user!r} is not a valid user name; write user@host")
     name, port = _name_and_port(place)
     return Host(name, line, user if at else None, port, slots)
 
@@ -266,7 +256,9 @@ def _name_and_port(place: str) -> tuple[str, int | None]:
         return name, None
     number = _whole(port, most=MAX_PORT)
     if number is None:
-        raise _LineError(f"{place!r}: {port!r} is no port; give a number from 1 to {MAX_PORT}, or leave the colon out")
+        raise _LineError(
+            f"{place!r}: {port!r} is not a valid port; give a number from 1 to {MAX_PORT}, or leave the colon out"
+        )
     # MPICH's hostfiles have the number of processes after the colon.
     if number < 1024 and number != SSH_PORT:
         raise _LineError(
@@ -280,9 +272,9 @@ def _ipv6(text: str) -> str:
     try:
         address = ipaddress.IPv6Address(text)
     except ValueError:
-        raise _LineError(f"{text!r} is no IPv6 address; write name:port, or [address]:port for IPv6") from None
+        raise _LineError(f"{text!r} is not a valid IPv6 address; write name:port, or [address]:port for IPv6") from None
     if address.is_unspecified:
-        raise _LineError(f"{text} is no host's address; write the host's own")
+        raise _LineError(f"{text} is not the address of a host; write the host's own")
     if address.is_link_local and "%" not in text:
         raise _LineError(f"{text} is valid on one link only; write the host's global or unique local address")
     return text
@@ -293,11 +285,13 @@ def _check_name(name: str) -> None:
         try:
             address = ipaddress.IPv4Address(name)
         except ValueError:
-            raise _LineError(f"{name!r} is no IPv4 address; write four numbers from 0 to 255") from None
+            raise _LineError(f"{name!r} is not a valid IPv4 address; write four numbers from 0 to 255") from None
         if address.is_unspecified:
-            raise _LineError(f"{name} is no host's address; write the host's own")
+            raise _LineError(f"{name} is not the address of a host; write the host's own")
     elif not NAME.fullmatch(name):
-        raise _LineError(f"{name!r} is no host's name; write letters, digits, dots and hyphens, one host per line")
+        raise _LineError(
+            f"{name!r} is not a valid host name; write letters, digits, dots and hyphens, one host per line"
+        )
 
 
 def _whole(text: str, *, most: int) -> int | None:
@@ -327,28 +321,3 @@ def _loopback_mistakes(path: Path | str, hosts: Sequence[Host]) -> list[str]:
         for host in hosts
         if is_loopback(host.name) or re.fullmatch(r"(localhost|ip6-localhost)(\..*)?", host.name.casefold())
     ]
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print the hosts for a launcher, or every mistake."""
-    parser = argparse.ArgumentParser(prog="hostfile", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("file", help="the hostfile")
-    parser.add_argument("--launcher", choices=LAUNCHERS, default="colossalai", help="whose form the lines have")
-    parser.add_argument("--nproc_per_node", type=int, help="the processes per host, which slots=N must not contradict")
-    args = parser.parse_args(argv)
-    with errors.one_line_errors("hostfile"):
-        try:
-            hosts = list(read_and_resolve(args.file))
-            if args.nproc_per_node is not None:
-                check_slots(args.file, hosts, args.nproc_per_node)
-            lines = launcher_lines(args.file, hosts, args.launcher)
-        except HostfileError as error:
-            for line in error.lines:
-                show_line(line, file=sys.stderr)
-            raise SystemExit(2) from error
-        for line in lines:
-            show_line(line)
-
-
-if __name__ == "__main__":
-    main()

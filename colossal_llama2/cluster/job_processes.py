@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import psutil
 
+from colossal_llama2.cluster import ssh
+
 MARK = "COLOSSAL_LLAMA2_LAUNCH"
-CONNECT_SECONDS = 5
-SSH = ("ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}", "-o", "LogLevel=ERROR")
 # What this takes on a host that answers is far less.
 REMOTE_SECONDS = 15
 # A process this old starts no other program in its place.
@@ -27,19 +27,37 @@ NEW_SECONDS = 10.0
 _others: "weakref.WeakSet[psutil.Process]" = weakref.WeakSet()
 # For sh, whatever the login shell is. Prints how many processes it has signalled.
 SIGNAL_SCRIPT = """
-count=0
-for folder in /proc/[0-9]*; do
-    variables=$(tr "\\\\0" "\\\\n" <$folder/environ 2>/dev/null) || continue
-    case "
-$variables
-" in
+exec 2>/dev/null
+belongs() {{
+    variables="
+$(tr "\\\\0" "\\\\n" <"$1/environ")
+"
+    case "$variables" in
         *"
 {mark}={value}
 "*) ;;
-        *) continue ;;
+        *) return 1 ;;
     esac
-    case "{only_ranks}$variables" in yes*LOCAL_RANK=*|no*) ;; *) continue ;; esac
-    kill -{number} ${{folder#/proc/}} 2>/dev/null && count=$((count + 1))
+}}
+is_rank() {{
+    belongs "$1" || return 1
+    case "$variables" in
+        *"
+LOCAL_RANK="*) ;;
+        *) return 1 ;;
+    esac
+}}
+count=0
+for folder in /proc/[0-9]*; do
+    if [ {only_ranks} = yes ]; then
+        is_rank "$folder" || continue
+        # What a rank has started is no rank.
+        parent=$(sed -n "s/^PPid:[[:space:]]*//p" "$folder/status")
+        is_rank "/proc/$parent" && continue
+    else
+        belongs "$folder" || continue
+    fi
+    kill -{number} "${{folder#/proc/}}" && count=$((count + 1))
 done
 echo $count
 """
@@ -96,7 +114,7 @@ def signal_hosts(destinations: Sequence[str], value: str, number: int, *, only_r
         # Through stdin: no quoting is the same in every shell.
         with suppress(subprocess.TimeoutExpired, OSError):
             process = subprocess.run(
-                [*SSH, destination, "sh"], input=script, capture_output=True, text=True, timeout=REMOTE_SECONDS
+                ssh.command(destination, "sh"), input=script, capture_output=True, text=True, timeout=REMOTE_SECONDS
             )
             return process.returncode == 0
         return False

@@ -6,7 +6,6 @@ print what they have found out: torchrun a report of each rank that failed, `col
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 # "Error: failed to run COMMAND on HOST, is localhost: False, exception: REASON"
@@ -137,10 +136,6 @@ class LaunchOutput:
     def root_cause(self) -> RankFailure | None:
         """The rank whose failure came first."""
         return min(self.ranks, key=RankFailure.order, default=None)
-
-    def lost_hosts(self) -> Iterator[HostFailure]:
-        """Hosts without a connection, whose ranks may live on."""
-        return (failure for failure in self.hosts.values() if failure.was_connected and failure.code == -1)
 
 
 def _keep(texts: list[str], text: str) -> None:

@@ -8,6 +8,7 @@ slurm        one `srun`, which starts train.py once per GPU; Slurm itself ends a
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -18,18 +19,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import IO
 
-from colossal_llama2.cluster import environment, hostfile, job_processes
+from colossal_llama2.cluster import environment, hostfile, job_processes, ssh
 from colossal_llama2.cluster.hostfile import Host
 from colossal_llama2.cluster.launch_output import LaunchOutput
-from colossal_llama2.errors import UserError
+from colossal_llama2.errors import RunError, UserError
+from colossal_llama2.terminal_text import one_line
 
 # Works in every login shell: what it needs comes through its input.
 FROM_LOGIN_SHELL = (
     "exec sh -c 'IFS= read -r folder && IFS= read -r python && "
     'cd "$folder" && exec "$python" -m colossal_llama2.cluster.on_host\''
 )
-SSH_OPTIONS = ("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=4")
-SSH_FAILED = 255
+# Slurm's commands wait longer for a controller that is away.
+SLURM_SECONDS = 60
+SLURM_ENDS_IT = re.compile(r"Invalid job id|already completing", re.I)
 
 
 @dataclass
@@ -42,6 +45,8 @@ class Plan:
         port: where rank 0 or torchrun listens.
         words: the script and its arguments.
         mark: the value of MARK of every process of this launch.
+        here: which of the hosts is this one; None if the launch starts from another host. Found once: names are not
+            looked up again during the run, in which the name service may fail.
         max_restarts: how often torchrun starts the ranks again.
         pass_environment: names of further variables for the hosts.
         timeout_seconds: how long hosts wait for each other.
@@ -52,9 +57,14 @@ class Plan:
     port: int
     words: Sequence[str]
     mark: str
+    here: Host | None = None
     max_restarts: int = 0
     pass_environment: str = ""
     timeout_seconds: float = 600.0
+
+    def other_destinations(self) -> list[str]:
+        """What ssh takes for each host but this one."""
+        return [host.destination for host in self.hosts if host != self.here]
 
 
 @dataclass
@@ -85,7 +95,7 @@ class Launch:
         """Pass a signal on to the ranks. Returns whether any got it."""
         if job_processes.signal_here(self.plan.mark, number, only_ranks=True):
             return True
-        others = other_destinations(self.plan.hosts)
+        others = self.plan.other_destinations()
         return len(job_processes.signal_hosts(others, self.plan.mark, number, only_ranks=True)) < len(others)
 
     def give_sign_of_life(self) -> None:
@@ -133,11 +143,10 @@ class ColossalaiLaunch(Launch):
         codes = {host.host: 1 if host.code is None else host.code for host in self.output.hosts.values()}
         # A lost connection says nothing about the ranks there.
         codes = {host: code for host, code in codes.items() if code != -1}
-        here = next((host.name for host in self.plan.hosts if hostfile.is_this_host(host.name)), None)
         agents = job_processes.Processes.of(self.plan.mark).agents
         self._seen_agent |= bool(agents)
-        if here is not None and self._seen_agent and not agents:
-            codes.setdefault(here, 0)
+        if self.plan.here is not None and self._seen_agent and not agents:
+            codes.setdefault(self.plan.here.name, 0)
         return codes
 
     def close(self) -> None:
@@ -154,8 +163,8 @@ class TorchrunLaunch(Launch):
         plan = self.plan
         variables = environment.for_hosts(os.environ) | {job_processes.MARK: plan.mark}
         for number, host in enumerate(plan.hosts):
-            remote = not hostfile.is_this_host(host.name)
-            start = [*job_processes.SSH, *SSH_OPTIONS, host.destination, FROM_LOGIN_SHELL]
+            remote = host != plan.here
+            start = ssh.command(host.destination, FROM_LOGIN_SHELL)
             if not remote:
                 start = [sys.executable, "-m", "colossal_llama2.cluster.on_host"]
             process = self._start(host.name, start, dict(os.environ), piped=True)
@@ -216,18 +225,44 @@ class SlurmLaunch(Launch):
         plan = self.plan
         options = [f"--nodes={len(plan.hosts)}", f"--ntasks={len(plan.hosts) * plan.per_host}"]
         options += [f"--ntasks-per-node={plan.per_host}", "--kill-on-bad-exit=1", "--export=ALL"]
+        # By its name the step is found again.
+        options += [f"--job-name={plan.mark}"]
+        # Since Slurm 22.05 srun does not take it from the job: each task would get one CPU.
+        if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
+            options += [f"--cpus-per-task={cpus}"]
         variables = dict(os.environ) | {"MASTER_ADDR": plan.hosts[0].name, "MASTER_PORT": str(plan.port)}
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
             variables.pop(name, None)
         self._start("", ["srun", *options, sys.executable, *plan.words], variables, piped=False)
 
     def signal_ranks(self, number: int) -> bool:
-        """srun passes signals on to all its processes."""
-        process = self.processes[""]
-        if process.poll() is not None:
+        """By Slurm, to the tasks of the step alone.
+
+        srun itself takes SIGTERM as an order to kill its tasks at once, and the first SIGINT as a question for their
+        status.
+        """
+        steps = self._ask("squeue", "--noheader", "--steps", f"--jobs={os.environ['SLURM_JOB_ID']}", "--format=%i %j")
+        named = (line.split(maxsplit=1) for line in steps.splitlines())
+        step = next((words[0] for words in named if words[1:] == [self.plan.mark]), None)
+        if step is None:
             return False
-        process.send_signal(number)
+        try:
+            self._ask("scancel", f"--signal={signal.Signals(number).name.removeprefix('SIG')}", step)
+        except RunError as error:
+            # Slurm is ending the job, and has sent SIGTERM to all its processes itself.
+            if not SLURM_ENDS_IT.search(str(error)):
+                raise
         return True
+
+    @staticmethod
+    def _ask(*command: str) -> str:
+        try:
+            asked = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            raise RunError(f"{command[0]}: no answer within {SLURM_SECONDS} s") from error
+        if asked.returncode:
+            raise RunError(f"{command[0]}: {one_line(asked.stderr) or f'exit code {asked.returncode}'}")
+        return asked.stdout
 
 
 LAUNCHES: dict[str, type[Launch]] = {
@@ -237,19 +272,10 @@ LAUNCHES: dict[str, type[Launch]] = {
 }
 
 
-def other_destinations(hosts: Sequence[Host]) -> list[str]:
-    """What ssh takes for each host but this one."""
-    return [host.destination for host in hosts if not hostfile.is_this_host(host.name)]
-
-
 def check_port(first: Host, port: int) -> None:
-    """Raise UserError if the first host is this one and another process listens on the port."""
-    if not 0 < port <= hostfile.MAX_PORT:
-        raise UserError(f"MASTER_PORT is {port}; give a port from 1024 to {hostfile.MAX_PORT}")
-    if not hostfile.is_this_host(first.name):
-        return
+    """Raise UserError if another process listens on the port. `first` is this host."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        # As torch's store binds it: what earlier connections left behind is no obstacle.
+        # As torch's store binds it: what earlier connections left behind does not count.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
@@ -258,11 +284,11 @@ def check_port(first: Host, port: int) -> None:
 
 
 def slurm_hosts() -> list[Host]:
-    """The hosts of the present Slurm job. Raises UserError if this is none."""
+    """The hosts of the present Slurm job. Raises UserError if this is not one."""
     if "SLURM_JOB_ID" not in os.environ:
         raise UserError(
-            "LAUNCHER=slurm, but this is no Slurm job; submit it with sbatch train.sbatch (see train.example.sbatch), "
-            "or run it in salloc"
+            "LAUNCHER=slurm, but this is not a Slurm job; submit it with sbatch train.sbatch "
+            "(see train.example.sbatch), or run it in salloc"
         )
     nodes = os.environ.get("SLURM_JOB_NODELIST", "")
     try:

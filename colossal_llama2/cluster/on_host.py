@@ -13,12 +13,11 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import threading
 import time
 
 from colossal_llama2.cluster import job_processes
-from colossal_llama2.terminal_text import show_line
+from colossal_llama2.terminal_text import report_line
 
 # How often the launch gives a sign of life, and after how long without one its host counts as cut off.
 SIGN_SECONDS = 5.0
@@ -76,7 +75,7 @@ def _obey(mark: str) -> None:
         if name := line.decode().strip():
             job_processes.signal_here(mark, signal.Signals[name], only_ranks=True)
     else:
-        show_line(f"on_host: no sign of the launch for {SILENT_SECONDS:g} s: ending", file=sys.stderr)
+        report_line(f"on_host: no contact with the launch for {SILENT_SECONDS:g} s; ending its processes")
     _end_all(mark)
     os._exit(1)
 

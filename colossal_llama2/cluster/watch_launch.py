@@ -25,13 +25,13 @@ from contextlib import suppress
 from typing import IO
 
 from colossal_llama2 import errors
-from colossal_llama2.cluster import hostfile, job_processes, launchers
+from colossal_llama2.cluster import hostfile, job_processes, launchers, ssh
 from colossal_llama2.cluster.hostfile import HostfileError
 from colossal_llama2.cluster.launch_output import LaunchOutput, RankFailure
 from colossal_llama2.cluster.launchers import Launch, Plan
 from colossal_llama2.cluster.on_host import SIGN_SECONDS
-from colossal_llama2.errors import UserError
-from colossal_llama2.terminal_text import show_line
+from colossal_llama2.errors import RunError, UserError, reason
+from colossal_llama2.terminal_text import report_line, show_line
 
 LOOK_SECONDS = 0.5
 # How long the others may go on when the part of one host has ended: while ranks are alive here, which notice a lost
@@ -67,7 +67,8 @@ class Watch:
         self._has_not_met = False
         self._first_end: float | None = None
         self._seen_ranks = False
-        self._next_sign = 0.0
+        self._ended_before_ranks = False
+        self._is_done = threading.Event()
 
     def run(self) -> int:
         """Start the launcher, wait until the job is over, end what is left of it, and return the exit code."""
@@ -78,6 +79,7 @@ class Watch:
         launch = self._launch
         try:
             launch.start()
+            threading.Thread(target=self._give_signs_of_life, daemon=True).start()
             for line in launch.reports:
                 self._report(line)
             pumps = [self._pump(*streams) for process in launch.processes.values() for streams in _streams(process)]
@@ -96,7 +98,13 @@ class Watch:
                 self._report(f"error: {cause}")
             return code
         finally:
+            self._is_done.set()
             launch.close()
+
+    def _give_signs_of_life(self) -> None:
+        # In a thread: nothing that the watching waits for may make the hosts believe that they are cut off.
+        while not self._is_done.wait(SIGN_SECONDS):
+            self._launch.give_sign_of_life()
 
     def _wait_a_moment(self) -> None:
         running = next((process for process in self._launch.processes.values() if process.poll() is None), None)
@@ -107,19 +115,18 @@ class Watch:
     def _is_over(self) -> bool:
         """Whether the launcher has ended, or has to be ended."""
         now = time.monotonic()
-        if now >= self._next_sign:
-            self._launch.give_sign_of_life()
-            self._next_sign = now + SIGN_SECONDS
         while self._signals:
             # Without ranks there is nothing to save, unless they are just ending.
             if not self._pass_on(self._signals.pop(0)) and not self._seen_ranks:
+                self._ended_before_ranks = True
                 return True
         if all(process.poll() is not None for process in self._launch.processes.values()):
             return True
         with self._lock:
             ended = self._launch.ended()
         ranks = job_processes.Processes.of(self._launch.plan.mark).ranks
-        self._seen_ranks |= bool(ranks)
+        if ranks:
+            self._seen_ranks = True
         if ended and self._first_end is None:
             self._first_end = now
         if self._first_end is None:
@@ -130,17 +137,29 @@ class Watch:
 
     def _waits_for_ranks(self) -> bool:
         """Whether ranks have to appear on this host. Slurm may let a step wait for its resources."""
-        return not isinstance(self._launch, launchers.SlurmLaunch) and any(
-            hostfile.is_this_host(host.name) for host in self._launch.plan.hosts
-        )
+        return not isinstance(self._launch, launchers.SlurmLaunch) and self._launch.plan.here is not None
 
     def _pass_on(self, number: int) -> bool:
         """Pass a signal on to the ranks. Returns whether there are any."""
         # The terminal was closed.
         number = signal.SIGTERM if number == signal.SIGHUP else number
-        self._report(f"{job_processes.name_of(number)}: passed on to the ranks, which save and end")
+        name = job_processes.name_of(number)
+        if job_processes.Processes.of(self._launch.plan.mark).ranks:
+            self._seen_ranks = True
+        if not self._seen_ranks and self._waits_for_ranks():
+            self._passed_on = number
+            return False
+        try:
+            were_signalled = self._launch.signal_ranks(number)
+        except (RunError, OSError) as error:
+            # The ranks go on, and the signal can be sent again.
+            self._report(f"warning: {name}: not passed on to the ranks: {reason(error)}")
+            return True
         self._passed_on = number
-        return self._launch.signal_ranks(number)
+        if were_signalled:
+            self._seen_ranks = True
+            self._report(f"{name}: passed on to the ranks, which save and end")
+        return were_signalled
 
     def _verdict(self, ended: dict[str, int], codes: Sequence[int | None]) -> tuple[int, str | None]:
         """The exit code of the job, and the line for it if it has failed."""
@@ -148,8 +167,11 @@ class Watch:
         if root is not None:
             stopped = root.exit_code in (128 + signal.SIGTERM, 128 + signal.SIGINT) and self._passed_on is not None
             return root.exit_code, None if stopped else self._reason_of(root)
-        if self._passed_on is not None and self._passed_on != signal.SIGUSR1 and not self._seen_ranks:
+        if self._passed_on is not None and self._ended_before_ranks:
             return 128 + self._passed_on, "ended before the ranks had started"
+        # torchrun ends with 1 whatever the exit codes of the ranks are, srun with theirs.
+        if self._passed_on is not None and 128 + self._passed_on in codes:
+            return 128 + self._passed_on, None
         if self._has_not_met:
             return 1, self._why_not_met()
         failed = {host: code for host, code in ended.items() if code}
@@ -195,7 +217,7 @@ class Watch:
         failure = output.hosts.get(host)
         if failure is not None and not failure.was_connected:
             return f"{where}no ssh connection: {failure.reason} (ssh -o BatchMode=yes {host} true must work)"
-        if isinstance(self._launch, launchers.TorchrunLaunch) and code == launchers.SSH_FAILED:
+        if isinstance(self._launch, launchers.TorchrunLaunch) and code == ssh.FAILED:
             return f"{where}no ssh connection, or it was lost (ssh -o BatchMode=yes {host} true must work)"
         if output.errors:
             return f"{where}{output.errors[0]}"
@@ -207,7 +229,7 @@ class Watch:
         """End all processes of the launch, here and on each host that answers."""
         others: list[str] = []
         if not isinstance(self._launch, launchers.SlurmLaunch):
-            others = launchers.other_destinations(self._launch.plan.hosts)
+            others = self._launch.plan.other_destinations()
         for number in (signal.SIGTERM, signal.SIGKILL):
             # On all hosts at once. Who does not answer is not asked again.
             with ThreadPoolExecutor(1) as pool:
@@ -239,10 +261,14 @@ class Watch:
             text = line.decode(errors="replace")
             with self._lock:
                 self._finished_line |= FINISHED in text
+                # Slurm's tasks have no LOCAL_RANK, and none may be on this host.
+                if isinstance(self._launch, launchers.SlurmLaunch) and not text.startswith("srun: "):
+                    self._seen_ranks = True
                 self._launch.output.read(text)
 
     def _report(self, text: str) -> None:
-        show_line(f"{self._name}: {text}", file=sys.stderr)
+        # Its reader may have ended: Ctrl+C ends `tee` as well, and a closed terminal leaves nothing to write to.
+        report_line(f"{self._name}: {text}")
 
 
 def _streams(process: subprocess.Popen) -> list[tuple[IO[bytes], IO[bytes]]]:
@@ -275,8 +301,19 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
+def cure_of(program: str) -> str:
+    """What to do if a launcher's program is missing."""
+    if program == "ssh":
+        return "install OpenSSH's client (apt-get install openssh-client)"
+    if program == "colossalai":
+        return "activate the virtual environment (source .venv/bin/activate)"
+    return "Slurm's commands must be on PATH on the first node of the job"
+
+
 def plan_of(args: argparse.Namespace) -> Plan:
     """What to launch. Raises UserError for mistakes in the hostfile, the port, or flags that do not fit."""
+    if args.max_restarts < 0:
+        raise UserError(f"MAX_RESTARTS is {args.max_restarts}; give a whole number from 0 on")
     if args.max_restarts and args.launcher != "torchrun":
         raise UserError(f"MAX_RESTARTS={args.max_restarts} needs LAUNCHER=torchrun; {args.launcher} starts ranks once")
     if args.launcher == "slurm":
@@ -285,13 +322,18 @@ def plan_of(args: argparse.Namespace) -> Plan:
         hosts = list(hostfile.read_and_resolve(args.hostfile))
         hostfile.check_slots(args.hostfile, hosts, args.nproc_per_node)
         hostfile.launcher_lines(args.hostfile, hosts, "ssh" if args.launcher == "torchrun" else args.launcher)
-    launchers.check_port(hosts[0], args.master_port)
+    if not 0 < args.master_port <= hostfile.MAX_PORT:
+        raise UserError(f"MASTER_PORT is {args.master_port}; give a port from 1 to {hostfile.MAX_PORT}")
+    here = next((host for host in hosts if hostfile.is_this_host(host.name)), None)
+    if here == hosts[0]:
+        launchers.check_port(here, args.master_port)
     return Plan(
         hosts=hosts,
         per_host=args.nproc_per_node,
         port=args.master_port,
         words=args.words,
         mark=secrets.token_hex(8),
+        here=here,
         max_restarts=args.max_restarts,
         pass_environment=args.pass_environment,
         timeout_seconds=dist_timeout(args.words),
@@ -312,9 +354,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             code = Watch(launch, args.name).run()
         except FileNotFoundError as error:
-            raise UserError(
-                f"no {error.filename} on PATH; activate the virtual environment (source .venv/bin/activate)"
-            ) from error
+            raise UserError(f"no {error.filename} on PATH; {cure_of(error.filename)}") from error
     sys.stdout.flush()
     os._exit(code)
 

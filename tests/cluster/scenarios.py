@@ -53,6 +53,7 @@ class Job:
         log: the file of its output.
         patience: factor of all limits, for a machine that has other work.
         slurm: Slurm on the hosts, if the launcher is slurm.
+        by_hand: with Slurm, train.sh within salloc, instead of sbatch.
     """
 
     launcher: str
@@ -65,6 +66,7 @@ class Job:
     number: str = ""
     process: subprocess.Popen | None = None
     patience: float = 1.0
+    by_hand: bool = False
 
     def start(self) -> None:
         """Start the command on host 1."""
@@ -73,10 +75,13 @@ class Job:
         if self.slurm is not None:
             del given["NPROC_PER_NODE"], given["LAUNCHER"]
             given |= self.slurm.environment | {"VIRTUAL_ENV": str(ENVIRONMENT)}
-            options = (
-                f"--nodes={min(self.cluster.count, 2)} --ntasks-per-node=1 --gpus-per-node=0 --cpus-per-task=1 --wait"
-            )
-            command = ["sbatch", *options.split(), f"--output={self.log}", "train.sbatch", *FLAGS, *self.words]
+            options = f"--nodes={min(self.cluster.count, 2)} --ntasks-per-node=1 --gpus-per-node=0 --cpus-per-task=1"
+            if self.by_hand:
+                given |= {"LAUNCHER": SLURM, "NPROC_PER_NODE": "1"}
+                command = ["salloc", *options.split(), *command]
+            else:
+                output = ["--wait", f"--output={self.log}"]
+                command = ["sbatch", *options.split(), *output, "train.sbatch", *FLAGS, *self.words]
         with self.log.open("ab") as log:
             self.process = self.cluster.popen(
                 1, command, cwd=self.folder, env=given, stdin=subprocess.DEVNULL, stdout=log, stderr=log
@@ -111,7 +116,7 @@ class Job:
 
     def signal_launch(self, number: int) -> None:
         """Send a signal to the command that the user has started."""
-        if self.slurm is not None:
+        if self.slurm is not None and not self.by_hand:
             self.slurm.run("scancel", "--batch", f"--signal={signal.Signals(number).name[3:]}", "1")
             return
         for entry in Path("/proc").iterdir():
@@ -290,9 +295,18 @@ SCENARIOS = (
         "rank killed",
         137,
         "rank 1 on node2 died|node2: rank 1",
-        ALL,
         during=kill_second_rank,
         after=continues,
+        same_weights=True,
+    ),
+    Scenario(
+        "rank killed, requeued",
+        0,
+        "exit code 137, after the checkpoint .*; requeueing job 1",
+        (SLURM,),
+        during=kill_second_rank,
+        after=requeued,
+        seconds=RUN_SECONDS,
         same_weights=True,
     ),
     Scenario(
@@ -313,7 +327,18 @@ SCENARIOS = (
         "SIGTERM",
         143,
         SAVED.format("SIGTERM"),
+        ALL,
         during=lambda job: job.signal_launch(signal.SIGTERM),
+        after=nothing_remains,
+    ),
+    Scenario(
+        "SIGINT",
+        130,
+        SAVED.format("SIGINT"),
+        ALL,
+        # In a batch job, the shell makes its script ignore SIGINT.
+        lambda job: setattr(job, "by_hand", True),
+        during=lambda job: job.signal_launch(signal.SIGINT),
         after=nothing_remains,
     ),
     Scenario(

@@ -14,10 +14,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import IO
 
+from colossal_llama2.cluster import ssh
 from colossal_llama2.cluster.doctor import survey
 from colossal_llama2.cluster.doctor.exchange_worker import HOSTS, STAGES, WORKER_MARK
 from colossal_llama2.cluster.doctor.finding import Finding, error, warning
-from colossal_llama2.cluster.doctor.remote import SHELL, SSH_OPTIONS, explained
+from colossal_llama2.cluster.doctor.remote import SHELL, explained
 from colossal_llama2.cluster.doctor.survey import Question
 from colossal_llama2.cluster.hostfile import Host, is_this_host
 
@@ -112,7 +113,7 @@ def exchange(
 
 
 def _start(host: Host | None) -> subprocess.Popen:
-    words = ["sh", "-s"] if host is None else ["ssh", *SSH_OPTIONS, "--", host.destination, SHELL]
+    words = ["sh", "-s"] if host is None else ssh.command(host.destination, SHELL)
     pipe = subprocess.PIPE
     return subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
 

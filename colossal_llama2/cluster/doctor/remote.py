@@ -13,20 +13,10 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+from colossal_llama2.cluster import ssh
 from colossal_llama2.cluster.hostfile import Host
 
-CONNECT_SECONDS = 5
-SSH_OPTIONS = (
-    "-T",
-    "-oBatchMode=yes",
-    f"-oConnectTimeout={CONNECT_SECONDS}",
-    "-oServerAliveInterval=5",
-    "-oServerAliveCountMax=2",
-    "-oLogLevel=ERROR",
-)
 SHELL = "sh -s"
-# ssh's own exit code; a command's may be the same, but a shell's is 127 at most.
-SSH_FAILED = 255
 LOGIN_REFUSED = r"account is (currently )?not available|nologin"
 MAX_REFUSAL = 500
 # What ssh and paramiko report, and what it means with the cure.
@@ -41,7 +31,7 @@ REASONS = (
     (r"could not resolve|name or service not known|nodename nor servname",
      "cannot be found by its name; correct /etc/hosts or DNS"),
     (r"timed out|timeout|no route to host|network is unreachable|unable to connect|host is down",
-     f"does not answer within {CONNECT_SECONDS} s; check that it is up, its cable, its firewall, and the hostfile"),
+     f"does not answer within {ssh.CONNECT_SECONDS} s; check that it is up, its cable, its firewall, and the hostfile"),
     (r"incompatiblepeer|incompatible ssh peer",
      "accepts none of the algorithms that are offered; allow more of them in its sshd_config"),
     (LOGIN_REFUSED,
@@ -64,12 +54,11 @@ class Answer:
 
 def by_openssh(host: Host, script: str, *, seconds: float) -> Answer:
     """Run a script by `ssh`, for at most `seconds`."""
-    program = shutil.which("ssh")
-    if program is None:
+    if shutil.which("ssh") is None:
         return Answer(None, "cannot be reached, since this host has no ssh; install openssh-client")
     try:
         done = subprocess.run(
-            [program, *SSH_OPTIONS, "--", host.destination, SHELL],
+            ssh.command(host.destination, SHELL),
             input=script.encode(errors="surrogateescape"),
             capture_output=True,
             timeout=seconds,
@@ -77,7 +66,7 @@ def by_openssh(host: Host, script: str, *, seconds: float) -> Answer:
     except subprocess.TimeoutExpired:
         return Answer(None, _too_slow(seconds))
     output, trouble = (text.decode(errors="replace") for text in (done.stdout, done.stderr))
-    if done.returncode == SSH_FAILED:
+    if done.returncode == ssh.FAILED:
         return Answer(None, explained(trouble, host))
     if done.returncode and not output.strip():
         return Answer(None, explained(trouble or f"exit code {done.returncode}", host))
@@ -127,11 +116,11 @@ def by_fabric(host: Host, script: str, *, seconds: float) -> Answer:
     """Run a script by fabric, as `colossalai run` reaches the host, for at most `seconds`."""
     import fabric
 
-    limits = {"banner_timeout": CONNECT_SECONDS, "auth_timeout": CONNECT_SECONDS}
+    limits = {"banner_timeout": ssh.CONNECT_SECONDS, "auth_timeout": ssh.CONNECT_SECONDS}
     connection: Any = None
     try:
         connection = fabric.Connection(
-            host.name, user=host.user, port=host.port, connect_timeout=CONNECT_SECONDS, connect_kwargs=limits
+            host.name, user=host.user, port=host.port, connect_timeout=ssh.CONNECT_SECONDS, connect_kwargs=limits
         )
         connection.open()
         stdin, stdout, _ = connection.client.exec_command(SHELL, timeout=seconds)
