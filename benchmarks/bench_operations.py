@@ -205,7 +205,7 @@ def plugin_step(model_dir: Path, flags: tuple[str, ...]) -> Callable[[], float]:
     words = ["--benchmark", "--pretrained", model_dir, "--max_length", LENGTH, "--num_samples", samples]
     words += ["--micro_batch_size", BATCH, "--mixed_precision", "bf16", *flags]
     config = resolve(train_flags.train_parser().parse_args([str(word) for word in words]))
-    inputs = open_benchmark_inputs(config, JobChecks(), num_samples=samples, needs_weights=True)
+    inputs = open_benchmark_inputs(config, JobChecks(), num_samples=samples)
     load_weights(config, inputs.engine, inputs.model, attention=attention_of(config))
     ids, lengths = token_ids(), torch.full((BATCH,), LENGTH)
     batches = [Batch(ids, ids, attention_mask=None, lengths=lengths, predicted=BATCH * (LENGTH - 1))]

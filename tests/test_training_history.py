@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from colossal_llama2 import markdown
 from colossal_llama2.dataset.read.loss_groups import Amount
 from colossal_llama2.dataset.read.token_counts import SourceRead
 from colossal_llama2.model import training_history
@@ -24,7 +25,7 @@ from colossal_llama2.model.training_history import (
     read_history,
     vocabulary_stage,
 )
-from colossal_llama2.train.report import markdown, model_card
+from colossal_llama2.train.report import model_card
 from tests.test_terminal_text import HOSTILE
 
 STAGE = {

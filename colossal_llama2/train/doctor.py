@@ -38,7 +38,7 @@ from colossal_llama2.cluster.hostfile import (
     read_and_resolve,
 )
 from colossal_llama2.plurals import counted
-from colossal_llama2.terminal_text import show_line
+from colossal_llama2.terminal_text import show, show_line
 from colossal_llama2.train.before_launch import PARSERS
 from colossal_llama2.train.run_folder.file_names import LOCK_NAME
 from colossal_llama2.train.run_folder.lock_record import read_record
@@ -158,7 +158,7 @@ def checked_together(
         hosts, question, args.nproc_per_node or 1, seconds=args.dist_seconds, variables=os.environ
     )
     if rows:
-        print()
+        show("")
         tables.print_table(rows, align="llllr")
         sys.stdout.flush()
     return faults
