@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from colossal_llama2.cluster.doctor.host_report import route_to
 from colossal_llama2.cluster.hostfile import is_loopback
+from colossal_llama2.terminal_text import show
 
 if TYPE_CHECKING:
     import torch
@@ -63,9 +64,7 @@ def _note(rank: int, stage: str, **figures: Any) -> None:
 
 
 def _print(note: dict) -> None:
-    # In one call: several ranks write into the same pipe.
-    sys.stdout.write(f"{WORKER_MARK}{json.dumps(note)}\n")
-    sys.stdout.flush()
+    show(f"{WORKER_MARK}{json.dumps(note)}")
 
 
 def _exchange(rank: int, world_size: int, end: float) -> None:
