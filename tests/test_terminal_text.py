@@ -209,8 +209,11 @@ def test_prompt_and_answer_keep_their_lines(no_stream, monkeypatch, capsys, mode
 
 
 def test_only_one_module_prints():
-    """inspect_data colours its lines itself, and uses the stricter `visible`."""
+    """inspect_data colours its lines itself, and uses the stricter `visible`. host_report prints JSON for the doctor, on
+    a host where this package may be missing.
+    """
     allowed = {PACKAGE / "terminal_text.py": 2, PACKAGE / "dataset" / "inspect_data.py": 1}
+    allowed[PACKAGE / "cluster" / "doctor" / "host_report.py"] = 1
     for path in PACKAGE.rglob("*.py"):
         calls = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]
         prints = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
