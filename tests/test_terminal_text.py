@@ -209,8 +209,9 @@ def test_prompt_and_answer_keep_their_lines(no_stream, monkeypatch, capsys, mode
 
 
 def test_only_one_module_prints():
-    """inspect_data colours its lines itself, and uses the stricter `visible`. host_report prints JSON for the doctor, on
-    a host where this package may be missing.
+    """inspect_data colours its lines itself, and uses the stricter `visible`.
+
+    host_report prints JSON for the doctor, on a host where this package may be missing.
     """
     allowed = {PACKAGE / "terminal_text.py": 2, PACKAGE / "dataset" / "inspect_data.py": 1}
     allowed[PACKAGE / "cluster" / "doctor" / "host_report.py"] = 1
