@@ -59,9 +59,9 @@ class Size:
     conversations: int = 600
     max_length: int = 1024
     micro_batch: int = 4
-    warmup_steps: int = 2
-    steps: int = 24
-    turns: int = 3
+    warmup_steps: int = 1
+    steps: int = 6
+    turns: int = 2
 
 
 SMALLEST = Size(SMALLEST_MODEL, vocabulary=600, conversations=40, max_length=256, steps=2, warmup_steps=2, turns=1)
