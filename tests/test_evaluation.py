@@ -223,6 +223,9 @@ def test_conversations_are_answered_in_their_chat_template(jobs, chats):
     *_, last = answers(job).values()
     prompts = read_prompts(chats.parents[1] / "in" / "rows.jsonl")
     assert [prompt.text for prompt in prompts] == [answer["prompt"] for answer in last]
+    # The card has a row for each, also for the two that end with the same question.
+    card = (job.model / "README.md").read_text().split("## Answers\n")[1].split("\n## ")[0]
+    assert card.count("\n| b? |") == 2
     for prompt, answer in zip(prompts, last, strict=True):
         ids = chat_ids(tokenizer, prompt.messages)
         tokens = [step[0] for step in generate_tokens(model, tokenizer, [ids], GREEDY)]

@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 
+from colossal_llama2.cluster.hostfile import is_loopback
 from colossal_llama2.engine.ranks import interfaces
 from colossal_llama2.errors import LaunchError
 
@@ -77,8 +78,8 @@ def test_interfaces_that_do_not_exist_are_refused(monkeypatch, name, value, miss
 
 
 def test_addresses_of_one_host_alone_are_known():
-    assert all(map(interfaces.is_loopback, ("127.0.0.1", "127.0.1.1", "::1", "::ffff:127.0.1.1")))
-    assert not any(map(interfaces.is_loopback, ("10.0.0.1", "fe80::1%eth0", "::ffff:10.0.0.1")))
+    assert all(map(is_loopback, ("127.0.0.1", "127.0.1.1", "::1", "::ffff:127.0.1.1")))
+    assert not any(map(is_loopback, ("10.0.0.1", "fe80::1%eth0", "::ffff:10.0.0.1")))
 
 
 def test_the_route_to_this_host_itself():

@@ -9,15 +9,13 @@ import sys
 import time
 from pathlib import Path
 
-import datasets
 import pytest
 
-from colossal_llama2.encoding.registry import load_encoder
 from colossal_llama2.engine.ranks import liveness
 from colossal_llama2.train.run_folder import checkpoint_files, file_names
-from tests import tiny
 from tests.faults.processes import START_SECONDS, TORCHRUN, ForkedRun, Run
 from tests.launching import free_port
+from tests.training_jobs import write_short_documents
 
 FLAGS = ["--plugin", "zero2", "--mixed_precision", "fp32", "--num_epochs", "400", "--max_length", "64"]
 
@@ -25,11 +23,8 @@ FLAGS = ["--plugin", "zero2", "--mixed_precision", "fp32", "--num_epochs", "400"
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory, tokenizer_dir, model_dir):
     """A long run, saved every 24 steps, or every 12 on two ranks."""
-    encoder = load_encoder(tokenizer_dir)
-    rows = [[1, *ids[:30], 2] for ids in encoder.encode(tiny.english_documents()[:24])]
-    part = tmp_path_factory.mktemp("prepared") / "part-00000"
-    datasets.Dataset.from_dict({"input_ids": rows, "labels": rows}).save_to_disk(part)
-    return [*FLAGS, "--pretrained", str(model_dir), "--dataset", str(part)]
+    part = write_short_documents(tmp_path_factory.mktemp("prepared"), tokenizer_dir)
+    return [*FLAGS, "--pretrained", str(model_dir), "--dataset", part]
 
 
 @pytest.fixture

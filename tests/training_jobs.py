@@ -68,6 +68,15 @@ def write_data(folder: Path, tokenizer_dir: Path, steps: int, *, full: bool = Fa
     return [str(folder / f"part-{part:05d}") for part in range(2)]
 
 
+def write_short_documents(folder: Path, tokenizer_dir: Path) -> str:
+    """A prepared part of 24 documents of real text, of at most 32 tokens each."""
+    encoder = load_encoder(tokenizer_dir)
+    rows = [[1, *ids[:30], 2] for ids in encoder.encode(tiny.english_documents()[:24])]
+    part = folder / "part-00000"
+    datasets.Dataset.from_dict({"input_ids": rows, "labels": rows}).save_to_disk(part)
+    return str(part)
+
+
 def write_spliced_data(folder: Path, tokenizer_dir: Path, steps: int) -> str:
     """A prepared part of real text: one to four documents a sample, unequal lengths, some with a masked start."""
     encoder = load_encoder(tokenizer_dir)

@@ -152,11 +152,12 @@ def is_this_host(name: str) -> bool:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether only the host itself reaches an address, by its form. Other texts are none."""
+    """Whether only the host itself reaches an IP address, by its form. False for other texts."""
     try:
-        return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+        parsed = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
         return False
+    return (getattr(parsed, "ipv4_mapped", None) or parsed).is_loopback
 
 
 def launcher_lines(path: Path | str, hosts: Sequence[Host], launcher: str) -> list[str]:

@@ -273,8 +273,10 @@ def _blocks(targets: "torch.Tensor", part: HeadPart) -> Iterator[tuple[slice, "t
 def use_chunked_loss(
     model: Any, part: HeadPart, *, sample_group: Any = None, record: Callable[..., None] | None = None
 ) -> None:
-    """Make a LLaMA compute its loss without logits. It no longer returns logits: without labels, it returns what its
-    head returns in their place, which is the hidden states.
+    """Make a LLaMA compute its loss without logits.
+
+    It no longer returns logits. Without labels, it returns what its head returns in their place: the hidden states,
+    or the tokens of `next_tokens.choosing_head`.
 
     Args:
         model: a LlamaForCausalLM on this rank, or the last stage of one; its `model` and `lm_head` may be sharded.

@@ -8,14 +8,12 @@ import sys
 import time
 from pathlib import Path
 
-import datasets
 import pytest
 
-from colossal_llama2.encoding.registry import load_encoder
-from tests import tiny
 from tests.conftest import ROOT
 from tests.test_launcher import parent_of
 from tests.test_run_lock import OTHER
+from tests.training_jobs import write_short_documents
 
 # Under a load of other tests, the imports of two ranks take a minute.
 START_SECONDS = 240.0
@@ -38,10 +36,7 @@ lock_claim.STALE_SECONDS, lock_holder.BEAT_SECONDS, lock_holder.FRESH_SECONDS = 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory, tokenizer_dir, model_dir):
     """Of a run that lasts longer than any test."""
-    encoder = load_encoder(tokenizer_dir)
-    rows = [[1, *ids[:30], 2] for ids in encoder.encode(tiny.english_documents()[:24])]
-    part = tmp_path_factory.mktemp("prepared") / "part-00000"
-    datasets.Dataset.from_dict({"input_ids": rows, "labels": rows}).save_to_disk(part)
+    part = write_short_documents(tmp_path_factory.mktemp("prepared"), tokenizer_dir)
     words = ["--pretrained", model_dir, "--dataset", part, "--max_length", 64, "--plugin", "zero2"]
     return [*words, "--mixed_precision", "fp32", "--dist_timeout", 60, "--num_epochs", 400]
 

@@ -11,6 +11,7 @@ import os
 import socket
 from contextlib import suppress
 
+from colossal_llama2.cluster.hostfile import is_loopback
 from colossal_llama2.errors import LaunchError
 
 GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
@@ -77,13 +78,6 @@ def address_towards(host: str) -> str | None:
                 probe.connect(target)
                 return probe.getsockname()[0]
     return None
-
-
-def is_loopback(address: str) -> bool:
-    """Whether an IP address is one of this host alone."""
-    parsed = ipaddress.ip_address(address.partition("%")[0])
-    mapped = getattr(parsed, "ipv4_mapped", None)
-    return (mapped or parsed).is_loopback
 
 
 def _interface_of(address: str) -> str | None:

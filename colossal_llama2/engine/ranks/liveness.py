@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from colossal_llama2 import logs
+from colossal_llama2.cluster.hostfile import is_loopback
 from colossal_llama2.engine.ranks import collectives, interfaces, meeting, torchrun_store
 from colossal_llama2.engine.ranks.meeting import HELLO, REFUSED, WELCOME, Line, NoRoute
 from colossal_llama2.engine.ranks.torchrun_store import Store, StoreError
@@ -385,7 +386,7 @@ class Watch:
         for line in tuple(self._lines.values()):
             with suppress(OSError):
                 far, near = line.connection.getpeername()[0], line.connection.getsockname()[0]
-                if far != near and not interfaces.is_loopback(far):
+                if far != near and not is_loopback(far):
                     return far.removeprefix("::ffff:")
         return None
 

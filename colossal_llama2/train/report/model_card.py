@@ -7,7 +7,7 @@ On the Hub, `base_model` of the front matter is the Hub identifier of the model 
 identifier, so it is the model that the first stage began with; the table of stages names the folders.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,8 @@ def render(
         read: samples and tokens that the run read from each of them.
         stages: those of training_history.json, this run last; the rest of the card is about this run alone.
     """
-    records = list(records)
-    losses, evaluations = curves(records)
+    answers: dict[int, list[dict[str, Any]]] = {}
+    losses, evaluations = curves(_noting_answers(records, answers))
     of_last = " of the last stage" if len(stages) > 1 else ""
     settings_rows = [[code(f"--{name}"), _cell(value)] for name, value in card_settings(settings).items()]
     versions = [[name, version] for name, version in settings["versions"].items() if version]
@@ -89,7 +89,7 @@ def render(
         _how(settings, tokens_seen, losses, skipped_steps, of_last),
         _data(amounts, read, settings, of_last),
         _evaluation(evaluations, of_last),
-        _answers(records, of_last),
+        _answers(answers, of_last),
         f"## Settings{of_last}\n\n" + table(["flag", "value"], settings_rows),
         f"## Software{of_last}\n\n" + table(["package", "version"], versions),
     ]
@@ -307,18 +307,28 @@ def _evaluation(evaluations: dict[str, dict[int, dict[str, float]]], of_last: st
     return f"## Evaluation{of_last}\n\n" + table(columns, rows)
 
 
-def _answers(records: Sequence[dict[str, Any]], of_last: str) -> str:
-    """The first and the last answers to each of --eval_prompts."""
-    found = {record["step"]: record["answers"] for record in records if record.get("answers")}
+def _noting_answers(
+    records: Iterable[dict[str, Any]], answers: dict[int, list[dict[str, Any]]]
+) -> Iterator[dict[str, Any]]:
+    """Pass on records, whose log may be too long for memory, and add their answers to `answers`, by step."""
+    for record in records:
+        if record.get("answers"):
+            answers[record["step"]] = record["answers"]
+        yield record
+
+
+def _answers(found: dict[int, list[dict[str, Any]]], of_last: str) -> str:
+    """The first and the last answers to each of --eval_prompts, given those of each evaluation by step."""
     if not found:
         return ""
-    rows: dict[str, dict[int, Markup]] = {}
+    # By place as well: conversations may end with the same question.
+    rows: dict[tuple[int, str], dict[int, Markup]] = {}
     steps = sorted({min(found), max(found)})
     for step in steps:
-        for answer in found[step]:
-            rows.setdefault(answer["prompt"], {})[step] = _answer(answer)
+        for place, answer in enumerate(found[step]):
+            rows.setdefault((place, answer["prompt"]), {})[step] = _answer(answer)
     columns = ["prompt", *(f"answer after step {step:,}" for step in steps)]
-    cells = [[prompt, *(answers.get(step, "") for step in steps)] for prompt, answers in rows.items()]
+    cells = [[prompt, *(answers.get(step, "") for step in steps)] for (_, prompt), answers in rows.items()]
     text = "Fixed prompts, answered greedily. An answer that ends with ... was cut."
     return f"## Answers{of_last}\n\n{text}\n\n" + table(columns, cells)
 
