@@ -132,8 +132,7 @@ def peer_seconds(python: str, model: Path, tokenizer: Any, name: str, texts: lis
     args = argparse.Namespace(
         model_path=model, threads=torch.get_num_threads(), batch_size=BATCH_SIZE, lm_eval_python=python
     )
-    found = evaluation_peer.ask_peer(args, tokenizer, {name: texts})
-    return float(found["answer_seconds" if name == evaluation_peer.ANSWER_TASK else "choice_seconds"])
+    return float(evaluation_peer.ask_peer(args, tokenizer, {name: texts})[name]["seconds"])
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Compares python -m colossal_llama2.evaluation with lm-eval on the same prompts, item by item.
 
-    python -m tests.evaluation_peer --model_path MODEL --data_dir SETS --limit 40
+    python -m tests.evaluation_peer --model_path MODEL --data_dir SETS --tasks cmmlu,gaokao,gsm8k --limit 40
     python -m tests.evaluation_peer ... --lm_eval_python ../lm-eval/bin/python
 
 lm-eval's `hf` model gets the texts of our prompts: for a multiple-choice task the log-likelihoods of the four letters
 (`loglikelihood`), for GSM8K the greedy answer (`generate_until`). Both compute in float32 on one CPU. Choices must be
-equal for every question, differences of logits equal to 1e-4, and answers equal to the character.
+equal for every question, differences of logits equal to 1e-4, and answers equal to the character. Of AGIEval, the
+logits are compared, which are one part of its combined metric.
 
 lm-eval needs another PyTorch than ColossalAI, so it runs in an environment of its own:
 pip install lm-eval torch transformers. Without one, the command prints so and ends with code 0.
@@ -17,13 +18,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-CHOICE_TASK, ANSWER_TASK = "cmmlu", "gsm8k"
+ANSWER_TASK = "gsm8k"
 TOLERANCE = 1e-4
 SKIPPED = "skipped: lm-eval is not installed"
 # Runs in lm-eval's environment: reads requests, and writes what lm-eval's model returns for them.
@@ -39,43 +41,63 @@ model = HFLM(
     pretrained=job["model"], device="cpu", dtype="float32", batch_size=job["batch_size"],
     max_length=job["max_length"], add_bos_token=job["add_bos"],
 )
-def requests(kind, arguments):
-    return [
-        Instance(request_type=kind, doc={}, arguments=tuple(pair), idx=place, metadata=("peer", place, 1))
+found = {}
+for name, (kind, arguments) in job["requests"].items():
+    requests = [
+        Instance(request_type=kind, doc={}, arguments=tuple(pair), idx=place, metadata=(name, place, 1))
         for place, pair in enumerate(arguments)
     ]
-found = {}
-start = time.monotonic()
-if job["choices"]:
-    results = model.loglikelihood(requests("loglikelihood", job["choices"]), disable_tqdm=True)
-    found["choices"] = [value for value, _ in results]
-found["choice_seconds"] = time.monotonic() - start
-start = time.monotonic()
-if job["answers"]:
-    found["answers"] = model.generate_until(requests("generate_until", job["answers"]), disable_tqdm=True)
-found["answer_seconds"] = time.monotonic() - start
+    start = time.monotonic()
+    results = getattr(model, kind)(requests, disable_tqdm=True)
+    seconds = time.monotonic() - start
+    found[name] = {"results": [value[0] if kind == "loglikelihood" else value for value in results], "seconds": seconds}
 json.dump(found, open(sys.argv[2], "w"))
 """
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A task, its prompts and what both found.
+
+    Attributes:
+        texts: for each item, the prompt and what stands before a letter; None for one that needs an answer.
+        records: ours, by item.
+        results: lm-eval's: the log-likelihoods of A to D of each item, or its answer.
+        seconds: ours, and lm-eval's.
+    """
+
+    name: str
+    texts: list[tuple[str, str | None]]
+    records: list[dict]
+    results: list[Any]
+    seconds: tuple[float, float]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the comparison. Returns the exit code: 1 if anything differs."""
     parser = argparse.ArgumentParser(prog="python -m tests.evaluation_peer", description=__doc__.splitlines()[0])
     parser.add_argument("--model_path", type=Path, required=True, help="folder of a LLaMA model with its tokenizer")
-    parser.add_argument("--data_dir", type=Path, required=True, help=f"folder with {CHOICE_TASK}/ and {ANSWER_TASK}/")
+    parser.add_argument("--data_dir", type=Path, required=True, help="folder with a folder for each task")
     parser.add_argument("--limit", type=int, default=None, help="most items of each task (default: all)")
     parser.add_argument("--batch_size", type=int, default=8, help="of both (default: 8)")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch (default: 2)")
-    parser.add_argument("--tasks", default=f"{CHOICE_TASK},{ANSWER_TASK}", help="one or both")
+    parser.add_argument("--tasks", default="cmmlu,gsm8k", help="names of sets (default: cmmlu,gsm8k)")
     parser.add_argument("--lm_eval_python", default=sys.executable, help="python of the environment with lm-eval")
     args = parser.parse_args(argv)
     if not has_lm_eval(args.lm_eval_python):
         print(SKIPPED)
         return 0
-    report = compare(args)
-    for line in report["lines"]:
-        print(line)
-    return int(report["differs"])
+    differs = False
+    rows = [["task", "items", "ours", "error", "lm-eval", "error", "equal", "logits", "speed"]]
+    for asked in compare(args):
+        row, is_equal = compared(asked)
+        rows.append(row)
+        differs |= not is_equal
+    from colossal_llama2.tables import print_table
+
+    print_table(rows)
+    print("speed: items per second relative to lm-eval; logits: the largest difference")
+    return int(differs)
 
 
 def has_lm_eval(python: str) -> bool:
@@ -84,8 +106,8 @@ def has_lm_eval(python: str) -> bool:
     return subprocess.run([python, "-c", script], capture_output=True).returncode == 0
 
 
-def compare(args: argparse.Namespace) -> dict[str, Any]:
-    """What both find, and the lines of the report."""
+def compare(args: argparse.Namespace) -> list[Asked]:
+    """What both find for each task."""
     import torch
 
     from colossal_llama2.evaluation.settings import EvaluationSettings
@@ -93,14 +115,13 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     from colossal_llama2.inference.loading import load_model
 
     torch.set_num_threads(args.threads)
-    names = args.tasks.split(",")
     flags = {
         "model_path": [str(args.model_path)],
-        "tasks": [(name, None) for name in names],
+        "tasks": [(name, None) for name in args.tasks.split(",")],
         "data_dir": str(args.data_dir),
         "num_fewshot": None,
         "limit": args.limit,
-        "seed": 0,
+        "seed": None,
         "device": "cpu",
         "dtype": "fp32",
         "batch_size": 0,
@@ -116,7 +137,10 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         ours[task.name] = our_records(task, model, tokenizer, str(args.model_path), args.batch_size)
         seconds[task.name] = time.monotonic() - start
     theirs = ask_peer(args, tokenizer, prompts)
-    return judged(ours, theirs, seconds)
+    return [
+        Asked(name, texts, ours[name], theirs[name]["results"], (seconds[name], theirs[name]["seconds"]))
+        for name, texts in prompts.items()
+    ]
 
 
 def our_records(task: Any, model: Any, tokenizer: Any, folder: str, batch_size: int) -> list[dict]:
@@ -127,7 +151,7 @@ def our_records(task: Any, model: Any, tokenizer: Any, folder: str, batch_size: 
     return sorted(found, key=lambda record: record["item"])
 
 
-def texts_of(task: Any, model: Any, tokenizer: Any, folder: str) -> list[tuple[str, str]]:
+def texts_of(task: Any, model: Any, tokenizer: Any, folder: str) -> list[tuple[str, str | None]]:
     """For each item, its prompt and how a letter follows it: the texts whose ids our rows are."""
     prepared = task.prepare(model, tokenizer, folder)
     found = []
@@ -136,7 +160,10 @@ def texts_of(task: Any, model: Any, tokenizer: Any, folder: str) -> list[tuple[s
         examples = task._examples[question.subject][row.notes["dropped_examples"] :]
         choices = prepared._choices
         found.append(
-            (task._kind.form.prompt(question, examples) + (choices.suffix if choices else ""), choices and choices.lead)
+            (
+                task._kind.form.prompt(question, examples) + (choices.suffix if choices else ""),
+                choices.lead if choices else None,
+            )
         )
     return found
 
@@ -152,17 +179,21 @@ def ask_peer(args: argparse.Namespace, tokenizer: Any, prompts: dict) -> dict[st
     mark = first_mark(tokenizer)
     adds_mark = mark is not None and tokenizer("a")["input_ids"][:1] == [mark]
     begin = "" if mark is None or adds_mark else tokenizer.convert_ids_to_tokens(mark)
-    choices = [(begin + text, lead + letter) for text, lead in prompts.get(CHOICE_TASK, ()) for letter in "ABCD"]
     limits = {"until": [NEXT_QUESTION], "max_gen_toks": NEW_TOKENS[FINAL_NUMBER], "do_sample": False}
-    answers = [(begin + text, limits) for text, _ in prompts.get(ANSWER_TASK, ())]
+    requests: dict[str, tuple[str, list]] = {}
+    for name, texts in prompts.items():
+        if name == ANSWER_TASK:
+            requests[name] = ("generate_until", [(begin + text, limits) for text, _ in texts])
+        else:
+            pairs = [(begin + text, lead + letter) for text, lead in texts for letter in "ABCD"]
+            requests[name] = ("loglikelihood", pairs)
     job = {
         "model": str(args.model_path.absolute()),
         "threads": args.threads,
         "batch_size": args.batch_size,
         "max_length": None,
         "add_bos": adds_mark,
-        "choices": choices,
-        "answers": answers,
+        "requests": requests,
     }
     with tempfile.TemporaryDirectory() as folder:
         script, request, result = (Path(folder) / name for name in ("peer.py", "request.json", "result.json"))
@@ -176,43 +207,43 @@ def ask_peer(args: argparse.Namespace, tokenizer: Any, prompts: dict) -> dict[st
         return json.loads(result.read_text())
 
 
-def judged(ours: dict, theirs: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
-    """The lines of the report, and whether anything differs."""
-    lines, differs = [], False
-    if CHOICE_TASK in ours:
-        records, values = ours[CHOICE_TASK], theirs["choices"]
-        rows = [values[start : start + 4] for start in range(0, len(values), 4)]
-        same = sum(record["choice"] == "ABCD"[row.index(max(row))] for record, row in zip(records, rows, strict=True))
+def compared(asked: Asked) -> tuple[list[str], bool]:
+    """The row of a task, and whether both agree. Answers that differ are printed."""
+    from colossal_llama2.evaluation.sets.gsm8k import final_number
+
+    records, worst = asked.records, 0.0
+    if asked.name == ANSWER_TASK:
+        pairs = [(record["text"].strip(), text.strip()) for record, text in zip(records, asked.results, strict=True)]
+        same = sum(ours == theirs for ours, theirs in pairs)
+        for number, (ours, theirs) in enumerate(pairs):
+            if ours != theirs:
+                print(f"{asked.name} {number}: {ours!r}, lm-eval {theirs!r}")
+        right = [record["is_correct"] for record in records]
+        their_right = [
+            str(final_number(text)) == record["answer"] for (_, text), record in zip(pairs, records, strict=True)
+        ]
+    else:
+        rows = [asked.results[start : start + 4] for start in range(0, len(asked.results), 4)]
+        choices = ["ABCD"[row.index(max(row))] for row in rows]
+        same = sum(record["choice"] == choice for record, choice in zip(records, choices, strict=True))
         # Log-likelihoods are logits minus a constant of the row.
         worst = max(
             abs((one - record["logits"][0]) - (other - row[0]))
             for record, row in zip(records, rows, strict=True)
             for one, other in zip(record["logits"], row, strict=True)
         )
-        speed = theirs["choice_seconds"] / seconds[CHOICE_TASK]
-        lines.append(f"{CHOICE_TASK}: same choice for {same} of {len(records)}, logits differ by at most {worst:.1e}")
-        lines.append(
-            f"{CHOICE_TASK}: {seconds[CHOICE_TASK]:.1f} s, lm-eval {theirs['choice_seconds']:.1f} s: {speed:.2f}"
-        )
-        differs |= same < len(records) or worst > TOLERANCE
-    if ANSWER_TASK in ours:
-        records, texts = ours[ANSWER_TASK], theirs["answers"]
-        same = sum(record["text"].strip() == text.strip() for record, text in zip(records, texts, strict=True))
-        speed = theirs["answer_seconds"] / seconds[ANSWER_TASK]
-        lines.append(f"{ANSWER_TASK}: same answer to {same} of {len(records)}")
-        pairs = [(record["text"].strip(), text.strip()) for record, text in zip(records, texts, strict=True)]
-        for number, (our_text, their_text) in enumerate(pairs):
-            if our_text != their_text:
-                place = next(
-                    (n for n, pair in enumerate(zip(our_text, their_text, strict=False)) if pair[0] != pair[1]),
-                    min(len(our_text), len(their_text)),
-                )
-                lines.append(f"  {number}: at {place}: {our_text[place:][:40]!r}, lm-eval {their_text[place:][:40]!r}")
-        lines.append(
-            f"{ANSWER_TASK}: {seconds[ANSWER_TASK]:.1f} s, lm-eval {theirs['answer_seconds']:.1f} s: {speed:.2f}"
-        )
-        differs |= same < len(records)
-    return {"lines": lines, "differs": differs, "ours": ours, "theirs": theirs, "seconds": seconds}
+        right = [record["choice"] == record["answer"] for record in records]
+        their_right = [choice == record["answer"] for record, choice in zip(records, choices, strict=True)]
+    speed = asked.seconds[1] / asked.seconds[0]
+    logits = "" if asked.name == ANSWER_TASK else f"{worst:.1e}"
+    cells = [asked.name, str(len(records)), *share(right), *share(their_right), f"{same} of {len(records)}", logits]
+    return [*cells, f"{speed:.2f}"], same == len(records) and worst <= TOLERANCE
+
+
+def share(right: list[bool]) -> tuple[str, str]:
+    """The share of right items and its standard error."""
+    count, mean = len(right), sum(right) / len(right)
+    return f"{mean:.1%}", f"{(mean * (1 - mean) / max(count - 1, 1)) ** 0.5:.1%}"
 
 
 if __name__ == "__main__":

@@ -6,10 +6,12 @@ slurm        one `srun`, which starts train.py once per GPU; Slurm itself ends a
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +24,7 @@ from typing import IO
 from colossal_llama2.cluster import environment, hostfile, job_processes, ssh
 from colossal_llama2.cluster.hostfile import Host
 from colossal_llama2.cluster.launch_output import LaunchOutput
+from colossal_llama2.cluster.on_host import SILENT_SECONDS
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.terminal_text import one_line
 
@@ -30,6 +33,7 @@ FROM_LOGIN_SHELL = (
     "exec sh -c 'IFS= read -r folder && IFS= read -r python && "
     'cd "$folder" && exec "$python" -m colossal_llama2.cluster.on_host\''
 )
+GUARD = [sys.executable, "-m", "colossal_llama2.cluster.on_host"]
 # Slurm's commands wait longer for a controller that is away.
 SLURM_SECONDS = 60
 SLURM_ENDS_IT = re.compile(r"Invalid job id|already completing", re.I)
@@ -117,7 +121,39 @@ class Launch:
         return self.processes[host]
 
 
-class ColossalaiLaunch(Launch):
+class GuardedLaunch(Launch):
+    """Its processes run under on_host, which ends what it has started when this process ends, however it does."""
+
+    def give_sign_of_life(self) -> None:
+        """An empty line for each host."""
+        for process in self.processes.values():
+            self._write(process, "\n")
+
+    def close(self) -> None:
+        """End the connections: what is left on the hosts ends."""
+        for process in self.processes.values():
+            with contextlib.suppress(OSError):
+                process.stdin.close() if process.stdin else None
+
+    @staticmethod
+    def _write(process: subprocess.Popen, text: str) -> bool:
+        try:
+            assert process.stdin is not None
+            process.stdin.write(text.encode())
+            process.stdin.flush()
+        except (OSError, ValueError):
+            # It has ended: its exit code says why.
+            return False
+        return True
+
+
+def _task(command: Sequence[str], variables: dict[str, str], *, is_here: bool) -> str:
+    """The first line of on_host's input. On this host, a launch that is silent is only suspended (Ctrl+Z)."""
+    seconds = None if is_here else SILENT_SECONDS
+    return json.dumps({"command": command, "environment": variables, "silent_seconds": seconds})
+
+
+class ColossalaiLaunch(GuardedLaunch):
     """`colossalai run`."""
 
     _file: IO[str] | None = None
@@ -136,7 +172,10 @@ class ColossalaiLaunch(Launch):
         # It joins the arguments with spaces for a shell.
         words = [shlex.quote(word) for word in plan.words]
         command = ["colossalai", "run", *options, "--master_port", str(plan.port), *words]
-        self._start("", command, passed.variables, piped=False)
+        if shutil.which("colossalai") is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "colossalai")
+        process = self._start("", GUARD, passed.variables, piped=True)
+        self._write(process, f"{_task(command, {}, is_here=True)}\n")
 
     def ended(self) -> dict[str, int]:
         """Hosts that it has reported as failed, and this host once its torchrun is gone."""
@@ -150,12 +189,13 @@ class ColossalaiLaunch(Launch):
         return codes
 
     def close(self) -> None:
-        """Remove the hostfile."""
+        """Also remove the hostfile."""
+        super().close()
         if self._file is not None:
             self._file.close()
 
 
-class TorchrunLaunch(Launch):
+class TorchrunLaunch(GuardedLaunch):
     """torchrun on each host."""
 
     def start(self) -> None:
@@ -166,9 +206,9 @@ class TorchrunLaunch(Launch):
             remote = host != plan.here
             start = ssh.command(host.destination, FROM_LOGIN_SHELL)
             if not remote:
-                start = [sys.executable, "-m", "colossal_llama2.cluster.on_host"]
+                start = GUARD
             process = self._start(host.name, start, dict(os.environ), piped=True)
-            task = json.dumps({"command": self._command(number), "environment": variables})
+            task = _task(self._command(number), variables, is_here=not remote)
             lines = [os.getcwd(), sys.executable, task] if remote else [task]
             self._write(process, "".join(f"{line}\n" for line in lines))
 
@@ -193,28 +233,6 @@ class TorchrunLaunch(Launch):
             return True
         running = [process for process in self.processes.values() if process.poll() is None]
         return any([self._write(process, f"{signal.Signals(number).name}\n") for process in running])
-
-    def give_sign_of_life(self) -> None:
-        """An empty line for each host."""
-        for process in self.processes.values():
-            self._write(process, "\n")
-
-    def close(self) -> None:
-        """End the connections: what is left on the hosts ends."""
-        for process in self.processes.values():
-            with contextlib.suppress(OSError):
-                process.stdin.close() if process.stdin else None
-
-    @staticmethod
-    def _write(process: subprocess.Popen, text: str) -> bool:
-        try:
-            assert process.stdin is not None
-            process.stdin.write(text.encode())
-            process.stdin.flush()
-        except (OSError, ValueError):
-            # It has ended: its exit code says why.
-            return False
-        return True
 
 
 class SlurmLaunch(Launch):

@@ -1,11 +1,11 @@
-"""One host's part of a launch: starts torchrun, and ends it when the launch on the first host ends.
+"""One host's part of a launch: starts torchrun or colossalai run, and ends it when the launch on the first host ends.
 
     python -m colossal_llama2.cluster.on_host
 
 is started by cluster/launchers.py, over ssh on other hosts. The first line of its input is a JSON object with the
-command and the environment, so that neither appears in a command line. Each further line is a signal's name for the
-ranks, or empty as a sign of life. When the input ends, or is silent for SILENT_SECONDS, the launch is dead or cut off,
-and everything that was started here ends. The exit code is that of the command.
+command, the environment, so that neither appears in a command line, and after how many seconds of silence the launch
+counts as cut off (null: never). Each further line is a signal's name for the ranks, or empty as a sign of life. When
+the input ends, or is silent for so long, everything that was started here ends. The exit code is that of the command.
 """
 
 import json
@@ -43,7 +43,7 @@ def main() -> None:
         preexec_fn=_default_signals,
     )
     mark = environment[job_processes.MARK]
-    threading.Thread(target=_obey, args=(mark,), daemon=True).start()
+    threading.Thread(target=_obey, args=(mark, task["silent_seconds"]), daemon=True).start()
     code = process.wait()
     # A rank whose torchrun was killed lives on.
     if code < 0:
@@ -67,15 +67,15 @@ def _read_line() -> bytes:
     return line
 
 
-def _obey(mark: str) -> None:
-    while select.select([0], [], [], SILENT_SECONDS)[0]:
+def _obey(mark: str, silent_seconds: float | None) -> None:
+    while select.select([0], [], [], silent_seconds)[0]:
         line = _read_line()
         if not line:
             break
         if name := line.decode().strip():
             job_processes.signal_here(mark, signal.Signals[name], only_ranks=True)
     else:
-        report_line(f"on_host: no contact with the launch for {SILENT_SECONDS:g} s; ending its processes")
+        report_line(f"on_host: no contact with the launch for {silent_seconds:g} s; ending its processes")
     _end_all(mark)
     os._exit(1)
 

@@ -103,10 +103,11 @@ class Job:
             time.sleep(0.1)
 
     def end(self, seconds: float) -> int:
-        """The exit code. Raises Wrong if the command takes longer."""
+        """The exit code, as a shell has it. Raises Wrong if the command takes longer."""
         assert self.process is not None
         try:
-            return self.process.wait(timeout=seconds * self.patience)
+            code = self.process.wait(timeout=seconds * self.patience)
+            return code if code >= 0 else 128 - code
         except subprocess.TimeoutExpired:
             raise Wrong(f"still running after {seconds:g} s") from None
 
@@ -324,6 +325,14 @@ SCENARIOS = (
     ),
     Scenario("host off", 1, "error: rank 1 on node2 died", during=lambda job: job.cluster.kill(2)),
     Scenario(
+        "train.sh killed",
+        137,
+        "",
+        during=lambda job: job.signal_launch(signal.SIGKILL),
+        after=continues,
+        same_weights=True,
+    ),
+    Scenario(
         "SIGTERM",
         143,
         SAVED.format("SIGTERM"),
@@ -469,6 +478,8 @@ def main() -> None:
     args = parser.parse_args()
     if reason := hosts.missing():
         parser.error(reason)
+    # A shell that starts this in the background makes it ignore SIGINT, and so all that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     started = time.monotonic()
     folder = args.keep or Path(tempfile.mkdtemp(prefix="clusters-"))
     table = Table(folder, args.patience)
