@@ -5,6 +5,7 @@ test_evaluation.py tests that the figures are those of the command under every p
 
 import json
 import math
+import os
 import re
 import shutil
 
@@ -35,7 +36,7 @@ def part(tmp_path_factory, tokenizer_dir):
 @pytest.fixture(scope="module")
 def flags(part, model_dir):
     """The flags of a run of which nothing else is wrong."""
-    return ["--pretrained", str(model_dir), "--dataset", part, "--max_length", "128", "--mixed_precision", "fp32"]
+    return ["--pretrained", str(model_dir), "--dataset", part, "--max_length", "128", "--plugin", "zero2"]
 
 
 @pytest.fixture(scope="module")
@@ -154,31 +155,37 @@ def sets(tmp_path_factory):
     return folder
 
 
-def test_mistakes_need_no_torch(flags, sets, bare_environment, run_script, assert_user_error, tmp_path, model_dir):
-    """All of them at once; a model without a tokenizer is one."""
+def assert_refused(process, *words):
+    """After the warning that the data has no manifest."""
+    last = process.stderr.strip().splitlines()[-1]
+    assert process.returncode == 2 and all(word in last for word in words), process.stderr
+
+
+def test_mistakes_need_no_torch(flags, sets, run_script, assert_user_error, tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
+    words = [*flags, "--eval_tasks", f"icl,cmmlu={sets / 'columns'}", "--forgetting_alarm", "zh=0.1"]
+    process = run_script("train.py", *words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert_user_error(process, "agronomy.csv:1: the columns are a, b", "--forgetting_alarm zh: there is no")
+    assert not (tmp_path / "checkpoint_dir").exists()
+
+
+def test_a_model_without_a_tokenizer_has_no_tasks(flags, run_forked, tmp_path, model_dir):
     bare = tmp_path / "bare"
     bare.mkdir()
     for name in ("config.json", "model.safetensors"):
         shutil.copy(model_dir / name, bare)
-    more = ["--eval_tasks", f"icl,cmmlu={sets / 'columns'}", "--forgetting_alarm", "zh=0.1"]
-    process = run_script("train.py", *flags, *more, cwd=tmp_path, env=bare_environment)
-    assert_user_error(process, "agronomy.csv:1: the columns are a, b", "--forgetting_alarm zh: there is no")
     for also in ([], ["--dry_run"]):
-        words = [*flags, "--eval_tasks", "icl", "--pretrained", bare, *also]
-        process = run_script("train.py", *words, cwd=tmp_path, env=bare_environment)
-        assert_user_error(
-            process, f"--eval_tasks needs the tokenizer of the model, and {bare} has none; copy its files"
-        )
-    assert not (tmp_path / "checkpoint_dir").exists()
+        process = run_forked("train.py", *flags, "--eval_tasks", "icl", "--pretrained", bare, *also, cwd=tmp_path)
+        assert_refused(process, f"--eval_tasks needs the tokenizer of the model, and {bare} has none; copy its files")
 
 
-def test_long_prompts_are_refused_before_the_weights_are_read(flags, sets, run_forked, assert_user_error, tmp_path):
+def test_long_prompts_are_refused_before_the_weights_are_read(flags, sets, run_forked, tmp_path):
     words = [*flags, "--eval_tasks", f"icl,mmlu={sets / 'mmlu'}", "--dry_run"]
     process = run_forked("train.py", *words, "--max_length", 64, cwd=tmp_path)
-    assert_user_error(process, "--eval_tasks icl: ", "longer than --max_length 64: up to 70 tokens; give a larger")
+    assert_refused(process, "--eval_tasks icl: 133 prompts of 200 longer than --max_length 64: up to 70 tokens; give a")
     process = run_forked("train.py", *words, cwd=tmp_path)
     cure = "give fewer examples with --eval_num_fewshot, or a larger --max_length, or leave mmlu out"
-    assert_user_error(process, "--eval_tasks mmlu: 12 prompts of 12 longer than --max_length 128: up to", cure)
+    assert_refused(process, "--eval_tasks mmlu: 12 prompts of 12 longer than --max_length 128: up to", cure)
     process = run_forked("train.py", *words, "--eval_num_fewshot", 0, "--eval_limit", 7, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert "icl: 7 items of up to 70 tokens" in process.stderr and "mmlu: 7 items of up to " in process.stderr
