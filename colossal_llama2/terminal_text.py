@@ -41,12 +41,21 @@ def one_line(text: str) -> str:
 
 def show(text: str, *, file: TextIO | None = None, end: str = "\n") -> None:
     """Print `printable(text)` and `end` at once; to stdout without `file`. With end="", the text may come in parts."""
-    print(printable(text), file=file or sys.stdout, end=end, flush=True)
+    _write(printable(text) + end, file)
 
 
 def show_line(text: str, *, file: TextIO | None = None) -> None:
     """Print `one_line(text)` at once; to stdout without `file`."""
-    print(one_line(text), file=file or sys.stdout, flush=True)
+    _write(one_line(text) + "\n", file)
+
+
+def _write(text: str, file: TextIO | None) -> None:
+    """Write all of `text` in one call. `print` writes the end by itself where output is not buffered
+    (PYTHONUNBUFFERED), and then the lines of several processes mix.
+    """
+    stream = file or sys.stdout
+    stream.write(text)
+    stream.flush()
 
 
 def report_line(text: str) -> None:

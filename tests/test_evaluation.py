@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import datasets
@@ -11,9 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from colossal_llama2.dataset.write.prepare import prepare_pretrain, prepare_sft
+from colossal_llama2.evaluation import text_task
 from colossal_llama2.evaluation.compute import records_of
 from colossal_llama2.evaluation.results import result_of
 from colossal_llama2.evaluation.tasks import read_tasks
+from colossal_llama2.evaluation.text_task import TextTask
 from colossal_llama2.inference.generation import generate, generate_tokens
 from colossal_llama2.inference.loading import load_model
 from colossal_llama2.inference.prompt_file import read_prompts
@@ -195,6 +198,25 @@ def test_figures_are_those_of_transformers(jobs, prepared, model_dir, name):
     assert jobs[name].scalars("Evaluation/en/bits_per_byte") == pytest.approx(
         [entry["figures"]["en"]["bits_per_byte"] for entry in entries]
     )
+
+
+def test_the_evaluation_command_has_the_figure_of_training(jobs, prepared, model_dir, tmp_path, monkeypatch):
+    """From the texts of the held-out documents, divided where --max_length divides them."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    begins = set()
+    for sample in datasets.load_from_disk(prepared / "eval"):
+        bounds = pairwise(accumulate(sample["sequence_lengths"], initial=0))
+        pieces = [sample["input_ids"][slice(*places)] for places in bounds]
+        begins |= {tokenizer.decode(ids[1:], skip_special_tokens=True) for ids in pieces if ids[0] == 1}
+    rows = [json.loads(line) for line in (prepared.parent / "en" / "text.jsonl").read_text().splitlines()]
+    held_out = [row for row in rows if (row.get("source", "") + row["target"]).startswith(tuple(begins))]
+    path = preparing.write_lines(tmp_path / "en.jsonl", held_out)
+    monkeypatch.setattr(text_task, "positions_of", lambda config: LENGTH)
+    model, _ = load_model(str(model_dir), "cpu", dtype="fp32")
+    task = TextTask(path, limit=None)
+    found = [record for some in records_of(model, tokenizer, str(model_dir), task, batch_size=8) for record in some]
+    known = history(jobs["zero2"])[0]["figures"]["en"]
+    assert result_of("m", task, found).score.value == pytest.approx(known["bits_per_byte"], rel=1e-6)
 
 
 def test_figures_do_not_depend_on_plugin_or_ranks(jobs):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from colossal_llama2.engine.ranks import liveness
-from colossal_llama2.train.run_folder import checkpoint_files, file_names
+from colossal_llama2.train.run_folder import checkpoint_files, file_names, run_lock
+from tests.connections import is_connected
 from tests.faults.processes import START_SECONDS, TORCHRUN, ForkedRun, Run
 from tests.launching import free_port
 from tests.training_jobs import write_short_documents
@@ -191,6 +191,22 @@ def test_killing_torchrun_saves_and_a_restart_waits_for_it(start, start_forked):
         time.sleep(0.05)
 
 
+def test_a_restart_that_waited_for_the_lock_resumes_what_was_saved_meanwhile_on_all_ranks(start_forked, tmp_path):
+    """Only rank 0 waits; the others have looked for the newest checkpoint before."""
+    assert start_forked("waits", "--max_steps", "24").end() == 0
+    folder = tmp_path / "waits" / "save_dir"
+    (last,) = folder.glob("epoch-*_step-24")
+    last.rename(tmp_path / "unsaved")
+    with run_lock.locked(folder):
+        run_lock.mark_ending()
+        again = start_forked("waits", "--resume", "auto", "--max_steps", "25")
+        wait_for_line(again, "waiting for its lock")
+        time.sleep(1.0)
+        (tmp_path / "unsaved").rename(last)
+    assert again.end() == 0, again.output
+    assert re.search(r"Resumed .*_step-24$", again.output, re.M), again.output
+
+
 def test_a_rank_that_dies_before_the_ranks_meet_ends_the_others(start, start_forked):
     """Started by hand, without a launcher that would notice it: while it imports and the other waits for it."""
     port = free_port()
@@ -198,7 +214,7 @@ def test_a_rank_that_dies_before_the_ranks_meet_ends_the_others(start, start_for
     second = start("early", environment={**place, "RANK": "1"})
     first = start_forked("early", ranks=0, environment={**place, "RANK": "0"})
     deadline = time.monotonic() + START_SECONDS
-    while not is_connected(port):
+    while not is_connected(second.process.pid):
         assert time.monotonic() < deadline, first.output + second.output
         time.sleep(0.02)
     second.process.kill()
@@ -206,39 +222,3 @@ def test_a_rank_that_dies_before_the_ranks_meet_ends_the_others(start, start_for
     line = f"train.py: error: rank 1 on {socket.gethostname()} died; nothing was trained, start again"
     assert line in first.output, first.output
     assert_unlocked(first)
-
-
-def is_connected(port):
-    """Whether a connection to that port of this machine is established."""
-    tables = [Path("/proc/net", name) for name in ("tcp", "tcp6")]
-    rows = [line.split() for table in tables if table.exists() for line in table.read_text().splitlines()[1:]]
-    return any(row[2].endswith(f":{port:04X}") and row[3] == "01" for row in rows)
-
-
-def test_a_rank_that_hangs_is_noticed(start_forked):
-    runs = [start_forked(f"hung-{rank}", "--dist_timeout", "10") for rank in range(2)]
-    for rank, run in enumerate(runs):
-        run.wait_for("epoch-0_step-12")
-        os.kill(run.pid_of(rank), signal.SIGSTOP)
-    for run in runs:
-        wait_for_line(run, "did not answer", seconds=120.0)
-        assert "--dist_timeout 10 s" in run.output and "Traceback" not in run.output
-
-
-def test_a_timeout_is_recognised_behind_later_errors():
-    """A rank that gives up while it saves tries to reach the others, which it no longer can, to report that."""
-    try:
-        try:
-            raise RuntimeError("[unbound_buffer.cc:133] Timed out waiting 6000ms for send operation to complete")
-        except RuntimeError:
-            raise RuntimeError("Application timeout caused pair closure")
-    except RuntimeError as error:
-        assert liveness.is_timeout(error) and liveness.is_timeout(error.__context__)
-    try:
-        try:
-            raise RuntimeError("[unbound_buffer.cc:133] Timed out waiting 6000ms for send operation to complete")
-        except RuntimeError as first:
-            raise RuntimeError("saving failed") from first
-    except RuntimeError as error:
-        assert liveness.is_timeout(error)
-    assert not liveness.is_timeout(RuntimeError("Connection closed by peer"))

@@ -57,6 +57,17 @@ RESUMED_FACTS = {
 ADAPTER_FLAGS = ("--lora_alpha", "--lora_targets")
 
 
+def with_first_ranks_source(config: TrainConfig) -> TrainConfig:
+    """The settings with the model source of rank 0. Called on all ranks.
+
+    With --resume auto, rank 0 alone looks for the newest checkpoint while the run folder is locked. The others may
+    have looked before another run saved its last one.
+    """
+    source = ModelSource(**collectives.first_rank_value(config.source.as_values()))
+    with collectives.all_or_none():
+        return config.with_source(source)
+
+
 def settle(config: TrainConfig) -> TrainConfig:
     """The settings with the model source of rank 0, whose checkpoint is compared with its manifest.
 
@@ -65,7 +76,8 @@ def settle(config: TrainConfig) -> TrainConfig:
     Raises:
         UserError: the checkpoint that --load_checkpoint names is damaged, or all that --resume auto could resume are.
     """
-    source = ModelSource(**collectives.first_rank_value(config.source.as_values()))
+    config = with_first_ranks_source(config)
+    source = config.source
     while source.checkpoint is not None:
         problem = _damage(Path(source.checkpoint))
         if problem is None:
