@@ -1,6 +1,6 @@
 """--eval_tasks: a model that loses in-context learning while it trains, the alarm, and what is refused before torch.
 
-test_evaluation.py tests that the figures are those of the command under every plugin, and that training stays as it is.
+test_evaluation.py compares the figures with the command under all plugins, and tests that training stays as it is.
 """
 
 import json
@@ -10,18 +10,23 @@ import re
 import shutil
 
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from colossal_llama2.cli import train_flags
 from colossal_llama2.errors import UserError
+from colossal_llama2.evaluation.compute import records_of
 from colossal_llama2.evaluation.icl_task import IclTask
+from colossal_llama2.evaluation.results import result_of
 from colossal_llama2.evaluation.task import task_fingerprint
+from colossal_llama2.inference.loading import load_model
 from colossal_llama2.train.checkpointing.evaluation_history import EvaluationHistory
 from colossal_llama2.train.evaluation.alarm import Alarm
 from colossal_llama2.train.report import train_log
 from colossal_llama2.train.settings.from_flags import resolve
-from tests import evaluation_files, fork_server, training_jobs
+from tests import evaluation_files, fork_server, layouts, training_jobs
 from tests.conftest import ROOT
+from tests.launching import launch
 from tests.test_evaluation_probe import copying_model
 
 ITEMS = 30
@@ -40,13 +45,53 @@ def flags(part, model_dir):
 
 
 @pytest.fixture(scope="module")
-def forgetting(tmp_path_factory, part, tokenizer_dir):
+def copier(tmp_path_factory, tokenizer_dir):
+    """A model that can copy, with a second head that does nothing, so that two ranks can share its heads."""
+    one = copying_model(len(AutoTokenizer.from_pretrained(tokenizer_dir)))
+    config = LlamaConfig.from_dict(
+        {**one.config.to_dict(), "num_attention_heads": 2, "num_key_value_heads": 2}, torch_dtype="float32"
+    )
+    two = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for (name, weight), own in zip(two.named_parameters(), one.parameters(), strict=True):
+            weight.zero_()
+            rows, columns = own.shape if "_proj" in name else (None, None)
+            weight[(slice(rows), slice(columns)) if rows else ...] = own
+    folder = tmp_path_factory.mktemp("copier")
+    two.save_pretrained(folder)
+    return shutil.copytree(tokenizer_dir, folder, dirs_exist_ok=True)
+
+
+def right_items(folder, dtype: str) -> dict:
+    """The figures of python -m colossal_llama2.evaluation."""
+    model, tokenizer = load_model(str(folder), "cpu", dtype=dtype)
+    task = IclTask(seed=0, limit=ITEMS)
+    records = [record for some in records_of(model, tokenizer, str(folder), task, batch_size=None) for record in some]
+    score = result_of("m", task, records).score
+    return {"accuracy": score.value, "standard_error": score.error}
+
+
+@pytest.mark.parametrize("layout", ["fp32 ddp", "bf16 gemini", "fp32 3d tp2", "fp32 3d pp2"])
+def test_a_model_that_copies_is_right_under_every_plugin(layout, copier, part, tmp_path):
+    """Far above chance, so the logits are those of the right tokens at the right place; before and after a step."""
+    flags = [*training_jobs.common_flags(tmp_path, copier, [part]), *layouts.flags(layout), "--max_length", 128]
+    flags += ["--micro_batch_size", 4, "--lr", "1e-4", "--max_steps", 1, "--eval_tasks", "icl", "--eval_limit", ITEMS]
+    spec = {"name": "job", "script": "train.py", "flags": [*map(str, flags)]}
+    launch(tmp_path, [spec])
+    job = training_jobs.finished(tmp_path, spec)
+    assert job.error is None
+    records = train_log.read(tmp_path / "ckpt" / "train_log.jsonl")
+    first, last = (record["evaluation"]["icl"] for record in records if "evaluation" in record)
+    dtype = layout.split()[0]
+    assert first == right_items(copier, dtype) and first["accuracy"] > 0.6
+    assert last == right_items(job.model, dtype)
+
+
+@pytest.fixture(scope="module")
+def forgetting(tmp_path_factory, part, copier):
     """A run that damages a model that can copy, and that ends where the alarm stops it: its folder and its output."""
     folder = tmp_path_factory.mktemp("forgetting")
-    model = copying_model(len(AutoTokenizer.from_pretrained(tokenizer_dir)))
-    model.save_pretrained(folder / "model")
-    shutil.copytree(tokenizer_dir, folder / "model", dirs_exist_ok=True)
-    words = ["--pretrained", folder / "model", "--dataset", part, "--max_length", 128, "--mixed_precision", "fp32"]
+    words = ["--pretrained", copier, "--dataset", part, "--max_length", 128, "--mixed_precision", "fp32"]
     words += ["--plugin", "zero2", "--lr", "0.05", "--micro_batch_size", 4, "--warmup_steps", 0]
     words += ["--eval_tasks", "icl", "--eval_limit", ITEMS, "--eval_interval", 1]
     words += ["--forgetting_alarm", "icl=0.2", "--on_forgetting", "stop"]
