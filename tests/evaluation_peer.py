@@ -131,7 +131,8 @@ def compare(args: argparse.Namespace) -> list[Asked]:
     }
     model, tokenizer = load_model(str(args.model_path), "cpu", dtype="fp32")
     ours, prompts, seconds = {}, {}, {}
-    for task in read_tasks(EvaluationSettings.from_flags(flags)):
+    settings = EvaluationSettings.from_flags(flags)
+    for task in read_tasks(settings.tasks, num_fewshot=settings.num_fewshot, limit=settings.limit, seed=settings.seed):
         prompts[task.name] = texts_of(task, model, tokenizer, str(args.model_path))
         start = time.monotonic()
         ours[task.name] = our_records(task, model, tokenizer, str(args.model_path), args.batch_size)

@@ -113,6 +113,21 @@ def test_loss_evaluations_and_borders_have_their_colours(write_loss):
         assert count_of(colour, path) > 0
 
 
+def test_accuracies_have_an_axis_of_their_own_below(write_loss):
+    records = [{"step": step, "epoch": 0, "loss": 8 / step**0.2} for step in range(1, 301)]
+    only_losses = height_of(loss_plot.SMOOTHED, write_loss(records))
+    for step, right in ((0, 0.9), (300, 0.3)):
+        records.append({"step": step, "evaluation": {"icl": {"accuracy": right, "standard_error": 0.03}}})
+    curves = loss_plot.curves_of(records)
+    assert curves.accuracies == {"icl": [(0, 0.9, 0.03), (300, 0.3, 0.03)]} and curves.evaluations == {}
+    path = write_loss(records)
+    losses, accuracies = (height_of(colour, path) for colour in (loss_plot.SMOOTHED, loss_plot.EVALUATION_COLOURS[0]))
+    assert 0.5 * only_losses < losses < 0.8 * only_losses and accuracies > 80
+    # A model that diverged has no accuracy, and a single item no error.
+    records.append({"step": 301, "evaluation": {"icl": {"accuracy": None}, "mmlu": {"accuracy": 1.0}}})
+    assert loss_plot.curves_of(records).accuracies["mmlu"] == [(301, 1.0, 0.0)]
+
+
 @pytest.mark.parametrize(
     "records",
     [

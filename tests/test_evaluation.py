@@ -15,6 +15,7 @@ from colossal_llama2.dataset.write.prepare import prepare_pretrain, prepare_sft
 from colossal_llama2.evaluation import text_task
 from colossal_llama2.evaluation.compute import records_of
 from colossal_llama2.evaluation.results import result_of
+from colossal_llama2.evaluation.tasks import read_tasks
 from colossal_llama2.evaluation.text_task import TextTask
 from colossal_llama2.inference.generation import generate, generate_tokens
 from colossal_llama2.inference.loading import load_model
@@ -24,11 +25,13 @@ from colossal_llama2.inference.settings import GenerationSettings
 from colossal_llama2.inference.streaming import TextStream
 from colossal_llama2.markdown import plain
 from colossal_llama2.train.report import reporter, train_log
-from tests import bits_per_byte, layouts, preparing, tiny
+from tests import bits_per_byte, evaluation_files, fork_server, layouts, preparing, tiny
 from tests.launching import launch
 from tests.training_jobs import Job, finished, weights_of
 
 LENGTH, CHAT_LENGTH = 64, 192
+# Prompts of tasks are longer than the samples.
+PROMPT_LENGTH = 256
 FLOAT32_RUNS = {
     "ddp": layouts.flags("fp32 ddp"),
     "zero2": layouts.flags("fp32 zero2"),
@@ -49,6 +52,8 @@ BFLOAT16_RUNS = {
 }
 UNMEASURED = ("zero2", "gemini", "gemini_auto", "3d_pp2_bf16")
 ANSWER_TOKENS = 5
+# Items of each task, and examples before a question. 21 leave rows over in the last micro batch, which do not count.
+ITEMS, SHOTS = 21, 1
 GREEDY = GenerationSettings(max_new_tokens=ANSWER_TOKENS, do_sample=False, temperature=1, top_k=1, top_p=1, seed=None)
 # The evaluation that a signal interrupts in each run: the one after step 4, and the one after the last step, 7.
 CUT = {"cut_at_4": (1, "3d_pp2_bf16"), "cut_at_the_end": (2, "zero2")}
@@ -85,7 +90,13 @@ def chats(tmp_path_factory, tokenizer_dir) -> Path:
 
 
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory, prepared, model_dir, chats) -> dict[str, Job]:
+def mmlu(tmp_path_factory) -> Path:
+    """The files of a set, with 30 questions."""
+    return evaluation_files.write_mmlu(tmp_path_factory.mktemp("mmlu"), questions=15)
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory, prepared, model_dir, chats, mmlu) -> dict[str, Job]:
     """Every run of this file, by name."""
     folder = tmp_path_factory.mktemp("jobs")
     specs = {}
@@ -95,7 +106,7 @@ def jobs(tmp_path_factory, prepared, model_dir, chats) -> dict[str, Job]:
 
     def add(name: str, *flags, home=None, **more) -> None:
         here = folder / (home or name)
-        common = ["--pretrained", model_dir, "--dataset", prepared, "--max_length", LENGTH, "--lr", "1e-3"]
+        common = ["--pretrained", model_dir, "--dataset", prepared, "--max_length", PROMPT_LENGTH, "--lr", "1e-3"]
         common += ["--save_dir", here / "ckpt", "--tensorboard_dir", here / "tb", "--config_file", here / "config.json"]
         common += ["--micro_batch_size", "4", "--save_interval", "4"]
         words = [str(word) for word in [*common, *flags]]
@@ -107,6 +118,7 @@ def jobs(tmp_path_factory, prepared, model_dir, chats) -> dict[str, Job]:
     prompts.write_text("\n".join(text[n % 3 : 7 + 3 * n] for n, text in enumerate(texts)))
     measured = ("--eval_dataset", f"en={prepared}", "--eval_interval", "4")
     measured += ("--eval_prompts", prompts, "--eval_prompt_tokens", ANSWER_TOKENS)
+    measured += ("--eval_tasks", f"icl,mmlu={mmlu}", "--eval_limit", ITEMS, "--eval_num_fewshot", SHOTS)
     for name, flags in {**FLOAT32_RUNS, **BFLOAT16_RUNS}.items():
         add(name, *measured, *flags)
         if name in UNMEASURED:
@@ -126,14 +138,16 @@ def jobs(tmp_path_factory, prepared, model_dir, chats) -> dict[str, Job]:
         chats.parents[1] / "in/rows.jsonl",
     ]
     of_chats += ["--eval_prompt_tokens", ANSWER_TOKENS, "--micro_batch_size", "1", "--max_steps", "1"]
-    of_chats += ["--max_length", CHAT_LENGTH]
+    of_chats += ["--max_length", CHAT_LENGTH, "--eval_tasks", "icl", "--eval_limit", ITEMS]
     add("chats", *zero2, *of_chats, script="train_sft.py")
     # At the last batch of the evaluation after step 4, so that no prompt of it is answered.
-    add("cut_in_answers", *measured, *zero2, signal_at=2 * batches)
+    add("cut_in_tasks", *measured, *zero2, signal_at=2 * (batches + 2 * -(-ITEMS // 8)))
     for name, (place, of) in CUT.items():
         flags = [*measured, *{**FLOAT32_RUNS, **BFLOAT16_RUNS}[of]]
-        # Ranks of a pipeline read the same samples.
-        add(name, *flags, signal_at=place * batches * (1 + ("pp2" in of)) + 2)
+        # Ranks of a pipeline read the same samples and items.
+        width = 4 if "pp2" in of else 8
+        in_evaluation = -(-len(datasets.load_from_disk(prepared / "eval")) // width) + 2 * -(-ITEMS // width)
+        add(name, *flags, signal_at=place * in_evaluation + 2)
         for again in ("resumed", "done"):
             add(f"{name}_{again}", *flags, "--resume", "auto", home=name)
     sets = [f"old={plain}", f"en={prepared / 'eval'}", f"cut={prepared.parent / 'cut' / 'arrow'}"]
@@ -215,6 +229,73 @@ def test_evaluation_leaves_the_training_as_it_is(jobs, name):
     assert jobs[f"{name}_unmeasured"].error is None
     with_it, without = (weights_of(jobs[job]) for job in (name, f"{name}_unmeasured"))
     assert all(torch.equal(with_it[key], without[key]) for key in without)
+
+
+def right_items(folder: Path, mmlu: Path, dtype: str) -> dict[str, float]:
+    """The accuracies of an exported model, by the code of python -m colossal_llama2.evaluation."""
+    model, tokenizer = load_model(str(folder), "cpu", dtype=dtype)
+    found = {}
+    for task in read_tasks([("icl", None), ("mmlu", mmlu)], num_fewshot=SHOTS, limit=ITEMS, seed=0):
+        records = [
+            record for some in records_of(model, tokenizer, str(folder), task, batch_size=None) for record in some
+        ]
+        found[task.name] = result_of("m", task, records).score
+    return found
+
+
+@pytest.fixture(scope="module")
+def right_before(model_dir, mmlu):
+    """The same of the model before it is trained, by precision."""
+    return {dtype: right_items(model_dir, mmlu, dtype) for dtype in ("fp32", "bf16")}
+
+
+@pytest.mark.parametrize("name", [*FLOAT32_RUNS, *BFLOAT16_RUNS])
+def test_accuracies_are_those_of_the_evaluation_command(jobs, right_before, mmlu, name):
+    dtype = "fp32" if name in FLOAT32_RUNS else "bf16"
+    entries = history(jobs[name])
+    for entry, expected in (
+        (entries[0], right_before[dtype]),
+        (entries[-1], right_items(jobs[name].model, mmlu, dtype)),
+    ):
+        for task, score in expected.items():
+            figures = entry["figures"][task]
+            # In bf16, logits may be equal, and a matrix in two halves adds rounded sums.
+            allowed = 0 if dtype == "fp32" else 1 / ITEMS
+            assert figures["accuracy"] == pytest.approx(score.value, abs=allowed + 1e-9), (entry["step"], task)
+            if figures["accuracy"] == score.value:
+                assert figures["standard_error"] == score.error
+    for task in ("icl", "mmlu"):
+        assert jobs[name].scalars(f"Evaluation/{task}/accuracy") == pytest.approx(
+            [entry["figures"][task]["accuracy"] for entry in entries]
+        )
+
+
+@pytest.mark.slow
+def test_the_command_prints_the_accuracy_of_the_last_step(jobs, mmlu, tmp_path):
+    job, out = jobs["3d_tp2"], tmp_path / "results.jsonl"
+    words = ["--tasks", f"icl,mmlu={mmlu}", "--limit", ITEMS, "--num_fewshot", SHOTS, "--output_file", out]
+    words = ["-m", "colossal_llama2.evaluation", "--model_path", job.model, "--device", "cpu", *words]
+    fork_server.run([str(word) for word in words], timeout=120)
+    results = {found["task"]: found["score"] for found in json.loads(out.with_suffix(".json").read_text())["results"]}
+    last = history(job)[-1]["figures"]
+    for task in ("icl", "mmlu"):
+        assert last[task] == {"accuracy": results[task]["value"], "standard_error": results[task]["error"]}
+
+
+def test_accuracies_are_in_the_card(jobs):
+    card = (jobs["zero2"].model / "README.md").read_text().split("## Evaluation\n")[1].split("\n## ")[0]
+    entries = history(jobs["zero2"])
+    assert "| task | after step | accuracy | standard error |" in card
+    for entry in (entries[0], entries[-1]):
+        shown = entry["figures"]["mmlu"]
+        assert f"| mmlu | {entry['step']} | {shown['accuracy']:.1%} | {shown['standard_error']:.1%} |" in card
+    assert f"| icl | {entries[-1]['step']} | " in card and "| en | 0 | " in card
+
+
+def test_conversations_train_with_tasks_too(jobs, mmlu):
+    """In plain text, as the command asks a model of train_sft.py."""
+    last = history(jobs["chats"])[-1]["figures"]["icl"]["accuracy"]
+    assert last == right_items(jobs["chats"].model, mmlu, "fp32")["icl"].value
 
 
 def answers(job: Job) -> dict[int, list[dict]]:
@@ -305,8 +386,9 @@ def test_a_signal_interrupts_an_evaluation_and_a_resume_repeats_it(jobs, name):
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-def test_a_signal_interrupts_answers(jobs):
-    cut = jobs["cut_in_answers"]
+def test_a_signal_interrupts_tasks(jobs):
+    cut = jobs["cut_in_tasks"]
+    assert cut.after == 0
     assert cut.error.startswith("SIGTERM after step 4") and list(answers(cut)) == [0]
     checkpoint = json.loads((cut.folder / "ckpt/epoch-0_step-4/running_states.json").read_text())
     assert checkpoint["evaluations"][-1] == {"step": 4, "figures": {}}

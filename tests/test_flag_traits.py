@@ -11,9 +11,9 @@ PARSERS = pytest.mark.parametrize("make_parser", [train_flags.train_parser, trai
 CHANGE_NO_NUMBERS = set(
     "save_dir save_interval skip_save_each_epoch load_checkpoint continue_data resume keep_last keep_every "
     "max_bad_steps dist_timeout report_to tensorboard_dir config_file load_config use_grad_checkpoint eval_dataset "
-    "eval_interval eval_prompts eval_prompt_tokens forgetting_alarm on_forgetting benchmark num_samples profile "
-    "peak_tflops dry_run num_ranks suggest model_size vocab_size gpu tokens step_tokens gpu_hour_price "
-    "storage_gb_per_s".split()
+    "eval_interval eval_tasks eval_limit eval_num_fewshot eval_prompts eval_prompt_tokens forgetting_alarm "
+    "on_forgetting benchmark num_samples profile peak_tflops dry_run num_ranks suggest model_size vocab_size gpu "
+    "tokens step_tokens gpu_hour_price storage_gb_per_s".split()
 )
 # These do change them, but name paths; the card describes model and data differently.
 OFF_CARD = {"pretrained", "dataset"}

@@ -40,7 +40,7 @@ from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.errors import RunError, Stopped, UserError
 from colossal_llama2.model.neftune import EmbeddingNoise
 from colossal_llama2.train import run
-from colossal_llama2.train.evaluation import evaluator
+from colossal_llama2.train.evaluation import accuracies, evaluator
 from colossal_llama2.train.settings import flag_problems
 from colossal_llama2.train.settings.from_flags import resolve
 from colossal_llama2.train.stepping.stopping import NoSignals, StopSignals
@@ -148,21 +148,26 @@ def adding_arguments(extra: dict) -> contextlib.AbstractContextManager:
 @contextlib.contextmanager
 def signal_after(batches: int, into: dict) -> Iterator[NoSignals]:
     """Within it, rank 1 gets a SIGTERM after it has collated this many batches of evaluations; yields the recorder."""
-    share, done = evaluator._share, 0
+    done = 0
 
-    def counting(*args):
-        nonlocal done
-        for batch in share(*args):
-            done += 1
-            if done == batches and collectives.place()[0] == 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-                # A thread records the signal.
-                while not any(stop.received()):
-                    time.sleep(0.001)
-            into["after"] = done - batches
-            yield batch
+    def counting(share):
+        def counted(*args):
+            nonlocal done
+            for batch in share(*args):
+                done += 1
+                if done == batches and collectives.place()[0] == 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    # A thread records the signal.
+                    while not any(stop.received()):
+                        time.sleep(0.001)
+                into["after"] = done - batches
+                yield batch
 
-    with StopSignals(has_partners=True) as stop, mock.patch.object(evaluator, "_share", counting):
+        return counted
+
+    with StopSignals(has_partners=True) as stop, contextlib.ExitStack() as changes:
+        for module in (evaluator, accuracies):
+            changes.enter_context(mock.patch.object(module, "_share", counting(module._share)))
         yield stop
 
 

@@ -10,6 +10,7 @@ from colossal_llama2.cli.value_types import (
     SWITCH,
     at_least_two,
     fraction,
+    logit_task_list,
     matrix_list,
     named_path,
     named_share,
@@ -26,6 +27,7 @@ from colossal_llama2.gpus import DEFAULT_GPU, GPUS
 from colossal_llama2.layer_matrices import LAYER_MATRICES
 from colossal_llama2.model_sizes import MODEL_SIZES, VOCABULARIES
 from colossal_llama2.plugin_names import HYBRID_3D, PLUGIN_NAMES
+from colossal_llama2.task_names import LOGIT_TASK_NAMES, WITH_EXAMPLES
 from colossal_llama2.tracker_names import TENSORBOARD, TRACKER_NAMES
 
 PRECISIONS = ("fp16", "bf16", "fp32")
@@ -415,10 +417,35 @@ def _add_evaluation_arguments(parser: CommandParser) -> None:
         "epoch and of the run",
     )
     evaluation.add(
+        "--eval_tasks",
+        metavar="icl|NAME=DIR,...",
+        type=logit_task_list,
+        default=None,
+        help="accuracy at each evaluation, as python -m colossal_llama2.evaluation measures it, on a comma-separated "
+        f"list of {', '.join(LOGIT_TASK_NAMES)}; DIR has the files of a set, icl is an in-context-learning probe, "
+        "which needs none. agieval counts logits alone, not generated answers",
+    )
+    evaluation.add(
+        "--eval_limit",
+        metavar="N",
+        type=positive_int,
+        default=200,
+        needs=Need("needs --eval_tasks", lambda args: bool(args.eval_tasks)),
+        help="items of each of --eval_tasks, at most: those of --limit of python -m colossal_llama2.evaluation",
+    )
+    evaluation.add(
+        "--eval_num_fewshot",
+        metavar="N",
+        type=non_negative_int,
+        default=None,
+        needs=Need(f"needs --eval_tasks with one of {', '.join(WITH_EXAMPLES)}", _has_examples),
+        help="examples before each question of --eval_tasks, where a set has some (default: 5)",
+    )
+    evaluation.add(
         "--eval_prompts",
         metavar="FILE",
         default=None,
-        needs=Need("needs --eval_dataset", lambda args: bool(args.eval_dataset)),
+        needs=Need("needs --eval_dataset or --eval_tasks", lambda args: bool(args.eval_dataset or args.eval_tasks)),
         help="a few prompts, which the model answers at each evaluation, in the log, train_log.jsonl and TensorBoard: "
         "a *.txt or *.jsonl file like --input_file of inference_example.py",
     )
@@ -436,7 +463,8 @@ def _add_evaluation_arguments(parser: CommandParser) -> None:
         nargs="+",
         type=named_share,
         default=None,
-        help="warn when the bits per byte of that --eval_dataset exceed their first value by more than this fraction",
+        help="warn when the bits per byte of that --eval_dataset exceed their first value by more than this fraction, "
+        "or the accuracy on that one of --eval_tasks is lower than the first by more than this (0.1: 10 points)",
     )
     evaluation.add(
         "--on_forgetting",
@@ -445,6 +473,11 @@ def _add_evaluation_arguments(parser: CommandParser) -> None:
         needs=Need("needs --forgetting_alarm", lambda args: bool(args.forgetting_alarm)),
         help="what --forgetting_alarm does; warn: log a warning; stop: save, and exit with code 1",
     )
+
+
+def _has_examples(args: argparse.Namespace) -> bool:
+    """Whether a set of --eval_tasks has examples."""
+    return any(word.partition("=")[0] in WITH_EXAMPLES for word in (args.eval_tasks or "").split(","))
 
 
 def _add_dry_run_arguments(parser: CommandParser) -> None:

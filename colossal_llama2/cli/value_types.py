@@ -4,11 +4,11 @@ import argparse
 import math
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from colossal_llama2.layer_matrices import LAYER_MATRICES, in_order
-from colossal_llama2.task_names import BITS_PER_BYTE, ICL, TASK_NAMES
+from colossal_llama2.task_names import BITS_PER_BYTE, GSM8K, ICL, LOGIT_TASK_NAMES, TASK_NAMES
 from colossal_llama2.tracker_names import TRACKER_NAMES
 
 Number = TypeVar("Number", int, float)
@@ -233,13 +233,13 @@ def auto_or_count(text: str) -> int:
     return _number(text, int, "auto, or a whole number of at least 1,", lambda value: value >= 1)
 
 
-def task_list(text: str) -> list[tuple[str, str | None]]:
+def task_list(text: str, names: Sequence[str] = TASK_NAMES) -> list[tuple[str, str | None]]:
     """A comma-separated list of evaluation tasks, each NAME or NAME=PATH, as pairs; the path is None if not given."""
     found: list[tuple[str, str | None]] = []
     for entry in _comma_list(text, "give tasks as mmlu,icl"):
         name, sign, path = entry.partition("=")
-        allowed = f"a comma-separated list of {', '.join(TASK_NAMES)} allowed"
-        if name not in TASK_NAMES:
+        allowed = f"a comma-separated list of {', '.join(names)} allowed"
+        if name not in names:
             raise argparse.ArgumentTypeError(f"'{name}' given, {allowed}")
         if sign and not path:
             raise argparse.ArgumentTypeError(f"'{entry}' given, {name} or {name}=PATH allowed")
@@ -251,3 +251,16 @@ def task_list(text: str) -> list[tuple[str, str | None]]:
             raise argparse.ArgumentTypeError(f"'{text}' has {name} twice; keep one")
         found.append((name, path or None))
     return found
+
+
+def logit_task_list(text: str) -> str:
+    """A list as of `task_list`, unchanged, of tasks that training can measure; sets have a PATH each."""
+    causes = {BITS_PER_BYTE: "give --eval_dataset for it", GSM8K: "whose answers are generated; leave it out"}
+    for entry in text.split(","):
+        name = entry.partition("=")[0]
+        if name in causes:
+            raise argparse.ArgumentTypeError(f"'{name}' given, {causes[name]}")
+    for name, path in task_list(text, LOGIT_TASK_NAMES):
+        if name != ICL and path is None:
+            raise argparse.ArgumentTypeError(f"'{name}' given, {name}=DIR allowed, the folder with the set's files")
+    return text

@@ -276,7 +276,7 @@ def use_chunked_loss(
     """Make a LLaMA compute its loss without logits.
 
     It no longer returns logits. Without labels, it returns what its head returns in their place: the hidden states,
-    or the tokens of `next_tokens.choosing_head`.
+    or what the heads of `next_tokens` return.
 
     Args:
         model: a LlamaForCausalLM on this rank, or the last stage of one; its `model` and `lm_head` may be sharded.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from colossal_llama2.engine import adam, loss_scale, resume_state
 from colossal_llama2.engine.chunked_loss import HeadPart, use_chunked_loss, uses_liger
 from colossal_llama2.engine.loss_tally import LossTally
-from colossal_llama2.engine.next_tokens import choosing_head
+from colossal_llama2.engine.next_tokens import choosing_head, scoring_head
 from colossal_llama2.engine.patches import bug_fixes, lazy_loading
 from colossal_llama2.engine.plugins import plugin_of
 from colossal_llama2.engine.process_group import current_device
@@ -162,11 +162,17 @@ class Engine:
 
     def choosing_next(self, places: Callable[[], Any]) -> contextlib.AbstractContextManager:
         """A context in which the model, without labels, returns the most likely next tokens, see `choosing_head`."""
+        return self._asking_head(choosing_head, places)
+
+    def scoring_next(self, asked: Callable[[], Any]) -> contextlib.AbstractContextManager:
+        """A context in which the model, without labels, returns the logits of some next tokens, see `scoring_head`."""
+        return self._asking_head(scoring_head, asked)
+
+    def _asking_head(self, head: Callable[..., Any], asked: Callable[[], Any]) -> contextlib.AbstractContextManager:
         if not self._groups.is_last_stage:
             return contextlib.nullcontext()
         model = self.unwrapped_model
-        part = self._head_part(model.config.vocab_size)
-        return choosing_head(model, part, places, sample_group=self._groups.sequence)
+        return head(model, self._head_part(model.config.vocab_size), asked, sample_group=self._groups.sequence)
 
     @property
     def is_pipelined(self) -> bool:
@@ -270,13 +276,13 @@ class Engine:
         """Whether batches should be in page-locked memory, from which a GPU copies while it computes."""
         return self.device.type == "cuda"
 
-    def max_over_stages(self, ids: Any) -> Any:
-        """The elementwise maximum of an integer tensor over the stages of the pipeline; itself without one."""
+    def max_over_stages(self, values: Any) -> Any:
+        """The elementwise maximum of a tensor over the stages of the pipeline; itself without one."""
         import torch.distributed as dist
 
         if self._groups.pipeline is not None:
-            dist.all_reduce(ids, op=dist.ReduceOp.MAX, group=self._groups.pipeline)
-        return ids
+            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._groups.pipeline)
+        return values
 
     def sum_over_data(self, values: Sequence[float], *, known_to_host: bool = False) -> list[float]:
         """Sum numbers over the data-parallel ranks, in float64; ranks that see the same data are averaged.

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from colossal_llama2.errors import UserError
+from colossal_llama2.evaluation.by_logits import records_by_logits
 from colossal_llama2.evaluation.task import ACCURACY, Row, checked_finite
-from colossal_llama2.inference.prompt_batch import PromptBatch
 from colossal_llama2.inference.prompts import first_mark
 from colossal_llama2.model.positions import positions_of
 
@@ -62,17 +62,37 @@ class IclTask:
 
     def prepare(self, model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase", folder: str) -> "_Prepared":
         """The items in the model's own tokens. Raises UserError if there are too few, or the context is too short."""
-        return _Prepared(model, tokenizer, self._seed, self.subjects)
+        rows = model.get_input_embeddings().num_embeddings
+        return _Prepared(model, self.items(tokenizer, context=positions_of(model.config), vocab_size=rows))
+
+    def items(self, tokenizer: "PreTrainedTokenizerBase", *, context: int, vocab_size: int) -> "IclItems":
+        """See `LogitTask`."""
+        return IclItems(tokenizer, self._seed, self.subjects, context=context, vocab_size=vocab_size)
 
 
 class _Prepared:
     new_tokens = 1
 
+    def __init__(self, model: "LlamaForCausalLM", items: "IclItems"):
+        self._model, self._items, self.rows = model, items, items.rows
+
+    def compute(self, rows: Sequence[Row], shared: "SharedStates | None") -> list[dict[str, Any]]:
+        return records_by_logits(self._model, self._items, rows, shared)
+
+
+class IclItems:
+    """The items in a tokenizer's own tokens; see `LogitItems`."""
+
     def __init__(
-        self, model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase", seed: int, kinds: Sequence[str]
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        seed: int,
+        kinds: Sequence[str],
+        *,
+        context: int,
+        vocab_size: int,
     ):
-        self._model = model
-        tokens = common_words(tokenizer, model.get_input_embeddings().num_embeddings)
+        tokens = common_words(tokenizer, vocab_size)
         mark = first_mark(tokenizer)
         opening = [] if mark is None else [mark]
         # How a colon and a line feed continue a text; a tokenizer may have other tokens for them at its beginning.
@@ -80,31 +100,27 @@ class _Prepared:
         self._probes = [
             make_probe(kind, tokens, f"{seed} {number}", (colon, line_feed)) for number, kind in enumerate(kinds)
         ]
-        self.rows = [Row(number, [*opening, *probe.context], None, {}) for number, probe in enumerate(self._probes)]
-        longest, context = max(len(row.ids) for row in self.rows), positions_of(model.config)
+        self.rows = [
+            Row(number, [*opening, *probe.context], None, {}, probe.candidates)
+            for number, probe in enumerate(self._probes)
+        ]
+        longest = max(len(row.ids) for row in self.rows)
         if longest > context:
             raise UserError(
                 f"icl: its items have up to {longest} tokens, the model's context has {context}; leave it out"
             )
 
-    def compute(self, rows: Sequence[Row], shared: "SharedStates | None") -> list[dict[str, Any]]:
-        logits = PromptBatch(self._model, [row.ids for row in rows], shared=shared).logits()
-        found = []
-        for row, scores in zip(rows, logits, strict=True):
-            probe = self._probes[row.item]
-            among = checked_finite(scores[probe.candidates].float().tolist())
-            choice = among.index(max(among))
-            chance = 1 / len(among)
-            found.append(
-                {
-                    "logits": among,
-                    "choice": choice,
-                    "answer": probe.answer,
-                    "is_correct": choice == probe.answer,
-                    "chance": chance,
-                }
-            )
-        return found
+    def record(self, row: Row, logits: list[float]) -> dict[str, Any]:
+        """See `LogitItems`."""
+        checked_finite(logits)
+        choice, answer = logits.index(max(logits)), self._probes[row.item].answer
+        return {
+            "logits": logits,
+            "choice": choice,
+            "answer": answer,
+            "is_correct": choice == answer,
+            "chance": 1 / len(logits),
+        }
 
 
 def common_words(tokenizer: "PreTrainedTokenizerBase", rows: int) -> list[int]:

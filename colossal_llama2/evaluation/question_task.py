@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from colossal_llama2.errors import UserError
+from colossal_llama2.evaluation.by_logits import records_by_logits, records_of_logits
 from colossal_llama2.evaluation.choice_tokens import ChoiceTokens, find_choice_tokens
 from colossal_llama2.evaluation.sets.gsm8k import NEXT_QUESTION, final_number
 from colossal_llama2.evaluation.sets.questions import LETTERS, Question, QuestionSet
 from colossal_llama2.evaluation.sets.registry import CHOICE, COMBINED, FINAL_NUMBER, EvaluationSet
 from colossal_llama2.evaluation.task import ACCURACY, Row, checked_finite
 from colossal_llama2.inference.generation import generate_tokens
-from colossal_llama2.inference.prompt_batch import PromptBatch
 from colossal_llama2.inference.prompts import text_ids
 from colossal_llama2.inference.settings import GenerationSettings
 from colossal_llama2.inference.streaming import TextStream
@@ -61,22 +61,30 @@ class QuestionTask:
 
     def prepare(self, model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase", folder: str) -> "_Prepared":
         """The prompts as ids. Raises UserError if the tokenizer cannot encode one, or has no token for a letter."""
-        return _Prepared(model, tokenizer, self.name, self._kind, self._questions, self._examples)
+        rows = model.get_input_embeddings().num_embeddings
+        items = self.items(tokenizer, context=positions_of(model.config), vocab_size=rows)
+        return _Prepared(model, tokenizer, self._kind, self._questions, items)
+
+    def items(self, tokenizer: "PreTrainedTokenizerBase", *, context: int, vocab_size: int) -> "QuestionItems":
+        """See `LogitTask`. The prompts leave room for a whole answer; without choices they have no candidates."""
+        return QuestionItems(tokenizer, self.name, self._kind, self._questions, self._examples, context=context)
 
 
-class _Prepared:
+class QuestionItems:
+    """The questions as ids; see `LogitItems`. `new_tokens` is the room behind each for an answer."""
+
     def __init__(
         self,
-        model: "LlamaForCausalLM",
         tokenizer: "PreTrainedTokenizerBase",
         name: str,
         kind: EvaluationSet,
         questions: Sequence[Question],
         examples: dict[str, list[Question]],
+        *,
+        context: int,
     ):
-        self._model, self._tokenizer, self._kind, self._questions = model, tokenizer, kind, questions
+        self._tokenizer, self._kind, self._questions = tokenizer, kind, questions
         self.new_tokens = NEW_TOKENS[kind.metric]
-        context = positions_of(model.config)
         if context <= self.new_tokens:
             raise UserError(
                 f"{name}: an answer has up to {counted(self.new_tokens, 'token')}, and the model's context {context}, "
@@ -96,7 +104,7 @@ class _Prepared:
     def _row(self, number: int, question: Question, examples: list[Question]) -> Row:
         """A prompt that fits the model's context: without as many of the first examples as needed, or cut in front."""
         room = self._room
-        suffix = self._choices.suffix if self._choices else ""
+        suffix, candidates = (self._choices.suffix, self._choices.ids) if self._choices else ("", ())
         for dropped in range(len(examples) + 1):
             kept = examples[dropped:]
             try:
@@ -106,31 +114,38 @@ class _Prepared:
             if len(ids) <= room:
                 break
         notes = {"examples": len(kept), "dropped_examples": dropped, "cut_tokens": max(0, len(ids) - room)}
-        return Row(number, ids[-room:], (question.subject, len(kept)) if kept else None, notes)
+        return Row(number, ids[-room:], (question.subject, len(kept)) if kept else None, notes, candidates)
+
+    def record(self, row: Row, logits: list[float]) -> dict[str, Any]:
+        """See `LogitItems`. The candidates are the letters."""
+        checked_finite(logits)
+        choice, answer = LETTERS[logits.index(max(logits))], self._questions[row.item].answer
+        return {"logits": logits, "choice": choice, "answer": answer, "is_correct": choice == answer}
+
+
+class _Prepared:
+    def __init__(
+        self,
+        model: "LlamaForCausalLM",
+        tokenizer: "PreTrainedTokenizerBase",
+        kind: EvaluationSet,
+        questions: Sequence[Question],
+        items: QuestionItems,
+    ):
+        self._model, self._tokenizer, self._kind, self._questions = model, tokenizer, kind, questions
+        self._items, self.rows, self.new_tokens = items, items.rows, items.new_tokens
 
     def compute(self, rows: Sequence[Row], shared: "SharedStates | None") -> list[dict[str, Any]]:
         if self._kind.metric == CHOICE:
-            logits = PromptBatch(self._model, [row.ids for row in rows], shared=shared).logits()
-            return [self._chosen(row, scores) for row, scores in zip(rows, self._letters(logits), strict=True)]
+            return records_by_logits(self._model, self._items, rows, shared)
         if self._kind.metric == COMBINED:
             return self._combined(rows, shared)
         return self._final_numbers(rows, shared)
 
-    def _letters(self, logits: "torch.Tensor") -> list[list[float]]:
-        """Of each row, the logits of the four letters."""
-        assert self._choices is not None
-        return logits[:, list(self._choices.ids)].float().tolist()
-
-    def _chosen(self, row: Row, scores: list[float]) -> dict[str, Any]:
-        checked_finite(scores)
-        choice, answer = LETTERS[scores.index(max(scores))], self._questions[row.item].answer
-        return {"logits": scores, "choice": choice, "answer": answer, "is_correct": choice == answer}
-
     def _combined(self, rows: Sequence[Row], shared: "SharedStates | None") -> list[dict[str, Any]]:
         texts, first, _ = self._generated(rows, shared, lambda text: letter_of(text, is_whole=False) is not None)
         found = []
-        for row, text, scores in zip(rows, texts, self._letters(first), strict=True):
-            record = self._chosen(row, scores)
+        for record, text in zip(records_of_logits(self._items, rows, first), texts, strict=True):
             by_logits, by_text = record.pop("is_correct"), letter_of(text) == record["answer"]
             found.append(
                 {

@@ -105,9 +105,12 @@ def _notes(task: Task, records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def _accuracy(records: Sequence[Mapping[str, Any]], name: str = "is_correct") -> Score:
+    return share_of(sum(bool(record[name]) for record in records), len(records))
+
+
+def share_of(right: float, count: int) -> Score:
     """The share of right items. The error is that of a mean: sqrt(p (1 - p) / (n - 1))."""
-    count = len(records)
-    share = sum(bool(record[name]) for record in records) / count
+    share = right / count
     return Score(share, math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else None, count)
 
 

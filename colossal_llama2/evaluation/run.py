@@ -1,8 +1,6 @@
 """What python -m colossal_llama2.evaluation does: read the tasks, compute their items for each model, and report."""
 
 import contextlib
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +12,7 @@ from colossal_llama2.evaluation.compute import Record, records_of
 from colossal_llama2.evaluation.report import print_results, write_results
 from colossal_llama2.evaluation.results import result_of
 from colossal_llama2.evaluation.settings import EvaluationSettings
-from colossal_llama2.evaluation.task import Task
+from colossal_llama2.evaluation.task import Task, task_fingerprint
 from colossal_llama2.evaluation.tasks import read_tasks
 from colossal_llama2.inference import loading
 from colossal_llama2.inference.answer_file import AnswerFile, model_digest
@@ -37,7 +35,7 @@ def run(settings: EvaluationSettings) -> None:
     for folder in filter(Path.is_dir, given):
         # Before the seconds that importing torch takes.
         loading.check_files(folder, given=str(folder))
-    tasks = read_tasks(settings)
+    tasks = read_tasks(settings.tasks, num_fewshot=settings.num_fewshot, limit=settings.limit, seed=settings.seed)
     models = _models(settings)
     job = _Job(settings, tasks, models)
     if not job.is_done:
@@ -79,7 +77,7 @@ class _Job:
         self._decides: dict[str, Any] = {
             # Lists, since the order decides which line belongs to which model and task.
             "models": [[model.name, model_digest(model.folder)] for model in models],
-            "tasks": [[task.name, _digest(task.definition)] for task in tasks],
+            "tasks": [[task.name, task_fingerprint(task)] for task in tasks],
             "dtype": None,
         }
         self._file: AnswerFile | None = None
@@ -201,7 +199,3 @@ class _Job:
         if self._settings.output_file is not None:
             dtype = self._file.dtype if self._file else None
             write_results(results, self._settings.output_file, {**self._decides, "dtype": dtype})
-
-
-def _digest(definition: Any) -> str:
-    return hashlib.sha256(json.dumps(definition, ensure_ascii=False).encode()).hexdigest()

@@ -63,7 +63,7 @@ class EvaluationSettings:
                 check_card(path)
         return cls(
             model_paths=tuple(paths),
-            tasks=tuple((name, _place(name, path, flags["data_dir"])) for name, path in flags["tasks"]),
+            tasks=tuple((name, place_of(name, path, flags["data_dir"])) for name, path in flags["tasks"]),
             num_fewshot=flags["num_fewshot"],
             limit=flags["limit"],
             seed=flags["seed"] or 0,
@@ -90,23 +90,21 @@ def _refuse_unused(flags: Mapping[str, Any]) -> None:
             raise UserError(f"--{flag} {flags[flag]} has no effect, since {cause}; leave it out")
 
 
-def _place(name: str, path: str | None, data_dir: str | None) -> Path | None:
+def place_of(name: str, path: str | None, data_dir: str | None = None, *, flag: str = "--tasks") -> Path | None:
     """Where the files of a task are. Raises UserError if that is not given, or not there."""
     if name == ICL:
         return None
     if path is None and data_dir is None:
-        raise UserError(f"--tasks {name}: give {name}=PATH, or --data_dir with a folder {name}")
+        raise UserError(f"{flag} {name}: give {name}=PATH, or --data_dir with a folder {name}")
     found = Path(path) if path is not None else Path(data_dir or "") / name
     if name == BITS_PER_BYTE and found.is_dir():
-        raise UserError(f"--tasks {name}={found}: is a folder; give a jsonl file of texts")
+        raise UserError(f"{flag} {name}={found}: is a folder; give a jsonl file of texts")
     if name == BITS_PER_BYTE and not found.is_file():
-        raise UserError(f"--tasks {name}={found}: there is no such file; give a jsonl file of texts")
+        raise UserError(f"{flag} {name}={found}: there is no such file; give a jsonl file of texts")
     if name != BITS_PER_BYTE and found.is_file():
-        raise UserError(f"--tasks {name}: {found} is a file; give {name}=PATH, the folder with the set's files")
+        raise UserError(f"{flag} {name}: {found} is a file; give {name}=PATH, the folder with the set's files")
     if name != BITS_PER_BYTE and not found.is_dir():
-        raise UserError(
-            f"--tasks {name}: there is no folder {found}; give {name}=PATH, the folder with the set's files"
-        )
+        raise UserError(f"{flag} {name}: there is no folder {found}; give {name}=PATH, the folder with the set's files")
     return found
 
 

@@ -1,5 +1,7 @@
 """What all tasks have in common: items that are counted without torch, and rows of ids that a model computes."""
 
+import hashlib
+import json
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -22,12 +24,14 @@ class Row(NamedTuple):
         ids: at least one, and at most what the model's context allows.
         group: rows of a group may share their beginning; None if it shares none.
         notes: fields of the item's record, such as how many examples it has.
+        candidates: the tokens that may follow, whose logits are compared; empty if none are.
     """
 
     item: int
     ids: Sequence[int]
     group: Hashable
     notes: Mapping[str, Any]
+    candidates: Sequence[int] = ()
 
 
 def checked_finite(values: list[float]) -> list[float]:
@@ -38,6 +42,17 @@ def checked_finite(values: list[float]) -> list[float]:
             "weights are not damaged"
         )
     return values
+
+
+class LogitItems(Protocol):
+    """The items of a task that are scored by logits, without a model: training computes these in its own way."""
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        """One for each item, with the candidates."""
+
+    def record(self, row: Row, logits: list[float]) -> dict[str, Any]:
+        """The fields of the record of an item, from the logits of its candidates. Raises RunError for NaN/Inf."""
 
 
 class PreparedTask(Protocol):
@@ -84,3 +99,23 @@ class Task(Protocol):
 
     def prepare(self, model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase", folder: str) -> PreparedTask:
         """The task for a model. Raises UserError if its tokenizer cannot be used for it."""
+
+
+class LogitTask(Task, Protocol):
+    """A task whose items have candidates."""
+
+    def items(self, tokenizer: "PreTrainedTokenizerBase", *, context: int, vocab_size: int) -> LogitItems:
+        """The items for models with this tokenizer.
+
+        Args:
+            context: the longest input of the model, in tokens.
+            vocab_size: rows of its embeddings.
+
+        Raises:
+            UserError: the tokenizer cannot be used for the task, or the context is too short.
+        """
+
+
+def task_fingerprint(task: Task) -> str:
+    """A hash of what decides the items of a task, without where its files are."""
+    return hashlib.sha256(json.dumps(task.definition, ensure_ascii=False).encode()).hexdigest()

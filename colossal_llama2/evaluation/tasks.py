@@ -1,13 +1,13 @@
 """Read the tasks of a command, before torch is imported."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.evaluation.icl_task import IclTask
 from colossal_llama2.evaluation.question_task import QuestionTask
 from colossal_llama2.evaluation.sets.questions import Question
 from colossal_llama2.evaluation.sets.registry import SETS
-from colossal_llama2.evaluation.settings import EvaluationSettings
 from colossal_llama2.evaluation.task import Task
 from colossal_llama2.evaluation.text_task import TextTask
 from colossal_llama2.logs import get_logger
@@ -15,26 +15,32 @@ from colossal_llama2.plurals import counted
 from colossal_llama2.task_names import BITS_PER_BYTE, ICL
 
 
-def read_tasks(settings: EvaluationSettings) -> list[Task]:
-    """The tasks in the order of --tasks. What they leave out is logged.
+def read_tasks(
+    tasks: Sequence[tuple[str, Path | None]], *, num_fewshot: int | None, limit: int | None, seed: int
+) -> list[Task]:
+    """Tasks by name, in their order. What they leave out is logged.
+
+    Args:
+        tasks: names, each with where its files are; None for icl.
+        num_fewshot, limit, seed: as in `EvaluationSettings`.
 
     Raises:
         UserError: with file:line, for a file that is missing or cannot be used.
     """
     found: list[Task] = []
-    for name, place in settings.tasks:
+    for name, place in tasks:
         if name == ICL:
-            found.append(IclTask(seed=settings.seed, limit=settings.limit))
+            found.append(IclTask(seed=seed, limit=limit))
         elif name == BITS_PER_BYTE:
             assert place is not None
-            found.append(TextTask(place, settings.limit))
+            found.append(TextTask(place, limit))
         else:
             assert place is not None
             kind = SETS[name]
             # A set without examples has none with any --num_fewshot.
-            shots = kind.num_fewshot if settings.num_fewshot is None or not kind.num_fewshot else settings.num_fewshot
+            shots = kind.num_fewshot if num_fewshot is None or not kind.num_fewshot else num_fewshot
             questions = kind.read(place, shots)
-            questions.questions = by_turns(questions.questions, settings.limit)
+            questions.questions = by_turns(questions.questions, limit)
             found.append(QuestionTask(name, kind, questions, shots))
         for reason, count in found[-1].left_out.items():
             get_logger().info(f"{found[-1].name}: {counted(count, 'item')} {reason} left out")

@@ -81,6 +81,7 @@ def build_run(
                 config,
                 engine,
                 inputs.data.eval_sets,
+                inputs.data.eval_tasks,
                 inputs.data.eval_prompts,
                 history,
                 eval_pending=inputs.start.eval_pending,

@@ -30,6 +30,7 @@ from colossal_llama2.train.checkpointing.resuming import Start
 from colossal_llama2.train.checkpointing.run_facts import RunFacts
 from colossal_llama2.train.checkpointing.small_files import json_bytes, model_files
 from colossal_llama2.train.checks import Checks, check_model_fits, check_tokenizer_fits
+from colossal_llama2.train.evaluation.accuracies import LoadedTask, load_eval_tasks
 from colossal_llama2.train.evaluation.answers import EvalPrompt, load_prompts
 from colossal_llama2.train.evaluation.evaluation_setup import load_eval_sets
 from colossal_llama2.train.evaluation.evaluator import LoadedSet
@@ -54,6 +55,7 @@ class LoadedData:
             the first unless the order depends on lengths.
         buckets: the order of samples, if it is not one shuffle of everything.
         eval_sets: the samples of each --eval_dataset.
+        eval_tasks: those of --eval_tasks.
         eval_prompts: those of --eval_prompts.
     """
 
@@ -61,6 +63,7 @@ class LoadedData:
     measured: Sequence[MeasuredPart]
     buckets: Buckets | None
     eval_sets: list[LoadedSet]
+    eval_tasks: list[LoadedTask]
     eval_prompts: list[EvalPrompt]
 
 
@@ -113,7 +116,7 @@ def open_inputs(config: TrainConfig, checks: Checks) -> RunInputs:
         UserError: a check found a problem; on all ranks of a job, and with all problems in a dry run.
     """
     model = _open_model(config, checks)
-    data = _open_data(config, checks)
+    data = _open_data(config, checks, model)
     if not checks.may_continue():
         checks.raise_problems()
     ranks = checks.ranks(config, model)
@@ -164,7 +167,7 @@ def _open_model(config: TrainConfig, checks: Checks) -> ModelFacts | None:
     return model
 
 
-def _open_data(config: TrainConfig, checks: Checks) -> LoadedData | None:
+def _open_data(config: TrainConfig, checks: Checks, model: ModelFacts | None) -> LoadedData | None:
     parts = config.data.parts
     if not parts.parts:
         return None  # reported with the flags
@@ -179,8 +182,9 @@ def _open_data(config: TrainConfig, checks: Checks) -> LoadedData | None:
     measured = checks(_measure, parts)
     buckets = checks(data_plan.buckets_of, parts, measured)
     eval_sets = checks(load_eval_sets, config)
+    eval_tasks = checks(load_eval_tasks, config, model)
     eval_prompts = checks(load_prompts, config)
-    return LoadedData(samples, measured or [], buckets, eval_sets or [], eval_prompts or [])
+    return LoadedData(samples, measured or [], buckets, eval_sets or [], eval_tasks or [], eval_prompts or [])
 
 
 def _measure(data: Data) -> Sequence[MeasuredPart]:

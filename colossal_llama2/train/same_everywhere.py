@@ -16,6 +16,7 @@ from colossal_llama2.dataset.read.prepared_data import dataset_fingerprints
 from colossal_llama2.encoding.registry import fingerprint
 from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.errors import UserError
+from colossal_llama2.evaluation.task import task_fingerprint
 from colossal_llama2.plurals import counted
 from colossal_llama2.train.checkpointing.resuming import shown_shortly
 from colossal_llama2.train.report import run_metadata
@@ -23,7 +24,7 @@ from colossal_llama2.train.settings.config import TrainConfig
 from colossal_llama2.train.settings.model_source import has_tokenizer
 
 # Compared by content: a copy of the data may be in another place on each host.
-FOLDER_FLAGS = ("dataset", "eval_dataset", "eval_prompts")
+FOLDER_FLAGS = ("dataset", "eval_dataset", "eval_tasks", "eval_prompts")
 # Differences that a message names; more are counted.
 MAX_NAMED = 3
 HASH_DIGITS = 12
@@ -90,6 +91,7 @@ def _inputs(config: TrainConfig) -> Facts:
         "config.json of --pretrained": _digest(Path(source.pretrained, "config.json").read_bytes()),
         "the weights that are loaded": _weights_digest(source.weights),
         "the prompts of --eval_prompts": _digest(json.dumps(prompts).encode()),
+        "the items of --eval_tasks": _digest_of([task_fingerprint(task) for task in config.evaluation.tasks]),
         "the samples of --dataset": _digest_of(dataset_fingerprints(config.data.parts.paths)),
         "the samples of --eval_dataset": _digest_of(
             dataset_fingerprints([eval_set.path for eval_set in config.evaluation.sets])

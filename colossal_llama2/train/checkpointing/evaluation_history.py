@@ -7,8 +7,12 @@ from typing import Any
 from colossal_llama2 import logs
 from colossal_llama2.train.checkpointing.saved_run import SavedRun
 
-# Of each set: name -> {"loss": nats per token, "perplexity": ..., "bits_per_byte": ...}.
+# Of each set: name -> {"loss": nats per token, "perplexity": ..., "bits_per_byte": ...}; of each task: name ->
+# {"accuracy": share of right items, "standard_error": ...}.
 Figures = dict[str, dict[str, float]]
+ACCURACY, STANDARD_ERROR = "accuracy", "standard_error"
+# Every set has a loss, and every task an accuracy.
+COMPARED = ("bits_per_byte", "loss", ACCURACY)
 
 
 @dataclass
@@ -18,7 +22,7 @@ class EvaluationHistory:
     Attributes:
         evaluations: [{"step": 400, "figures": {"en": {"loss": 2.41, ...}}}, ...]. An evaluation that a signal
             interrupted has no figures, and is the last.
-        fingerprints: the samples behind each name, those of earlier runs included.
+        fingerprints: the samples or items behind each name, those of earlier runs included.
     """
 
     evaluations: list[dict[str, Any]] = field(default_factory=list)
@@ -26,7 +30,7 @@ class EvaluationHistory:
 
     @classmethod
     def after(cls, saved: SavedRun | None, fingerprints: Mapping[str, str]) -> "EvaluationHistory":
-        """The history of a run that evaluates on these samples, and resumes `saved` unless that is None.
+        """The history of a run that evaluates on these samples and items, and resumes `saved` unless that is None.
 
         A name whose samples have changed starts again, with a warning.
         """
@@ -35,7 +39,7 @@ class EvaluationHistory:
         changed = {name for name, value in fingerprints.items() if before.get(name, value) != value}
         for name in sorted(changed):
             logs.get_logger().warning(
-                "--eval_dataset %s: its samples have changed, so figures are compared from here on", name
+                "evaluation on %s: its samples or items have changed, so figures are compared from here on", name
             )
         evaluations = []
         for entry in entries.get("evaluations") or ():
@@ -56,11 +60,11 @@ class EvaluationHistory:
     def first(self, name: str, now: Mapping[str, float]) -> tuple[str, float | None]:
         """Which figure of a set is compared with that of `now`, and its first value; None if there is none yet."""
         for entry in self.evaluations:
-            if name in entry["figures"]:
-                figures = entry["figures"][name]
-                key = "bits_per_byte" if "bits_per_byte" in figures.keys() & now.keys() else "loss"
+            figures = entry["figures"].get(name, {})
+            key = next((key for key in COMPARED if key in figures and key in now), None)
+            if key is not None:
                 return key, figures[key]
-        return "loss", None
+        return next(key for key in COMPARED if key in now), None
 
     def entries(self) -> dict[str, Any]:
         """By name, as running_states.json holds them."""

@@ -240,7 +240,7 @@ def find_start(config: TrainConfig, saved: SavedRun | None, facts: RunFacts, ord
     if state.epoch >= config.recipe.num_epochs:
         raise UserError(f"--load_checkpoint {saved.folder}: is in epoch {state.epoch}; give a higher --num_epochs")
     log_verdict(saved, facts)
-    pending = bool(config.evaluation.sets) and was_interrupted(saved)
+    pending = config.evaluation.measures and was_interrupted(saved)
     return Start(state, saved.first_sample, saved, resumes=True, eval_pending=pending)
 
 

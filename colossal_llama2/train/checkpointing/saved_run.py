@@ -102,12 +102,16 @@ def _check_entries(states: dict[str, Any]) -> None:
 
 
 def _check_evaluation(entry: Any) -> None:
-    """{"step": 400, "figures": {"en": {"loss": 2.41, ...}}}; a figure may be NaN if the model diverged."""
+    """{"step": 400, "figures": {"en": {"loss": 2.41, ...}, "icl": {"accuracy": 0.6, ...}}}.
+
+    A figure may be NaN if the model diverged.
+    """
     if not isinstance(entry, dict):
         raise ValueError(f"evaluations has {shown(entry)}, which is not an object")
     json_input.whole_number(entry, "step")
     for name, figures in json_input.typed(entry, "figures", dict).items():
-        values = figures.values() if isinstance(figures, dict) and "loss" in figures else [None]
+        has_value = isinstance(figures, dict) and not figures.keys().isdisjoint(("loss", "accuracy"))
+        values = figures.values() if has_value else [None]
         if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
             raise ValueError(f"evaluations has {shown(figures)} for {shown(name)}, which is not an object of numbers")
 

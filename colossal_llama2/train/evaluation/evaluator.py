@@ -1,5 +1,7 @@
 """How well a model predicts held-out text while it trains: loss per token, perplexity and bits per byte.
 
+With these, the accuracy on tasks (accuracies.py) and answers to prompts (answers.py) are measured and reported.
+
 Bits per byte do not depend on the tokenizer, so they can be compared across vocabularies:
 
     sum of -log2 p over the predicted tokens / UTF-8 bytes of the text behind these tokens
@@ -24,7 +26,14 @@ from colossal_llama2.dataset.read.batch import Batch, Collator
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.model.neftune import NoNoise
 from colossal_llama2.plurals import counted
-from colossal_llama2.train.checkpointing.evaluation_history import EvaluationHistory, Figures
+from colossal_llama2.train.checkpointing.evaluation_history import (
+    ACCURACY,
+    STANDARD_ERROR,
+    EvaluationHistory,
+    Figures,
+)
+from colossal_llama2.train.evaluation.accuracies import LoadedTask, accuracy_on
+from colossal_llama2.train.evaluation.alarm import Alarm
 from colossal_llama2.train.evaluation.answers import Answer, Answerer, as_record
 from colossal_llama2.train.stepping.pipeline import pipeline_loss
 from colossal_llama2.train.stepping.silent_reporter import SilentReporter
@@ -55,16 +64,8 @@ class LoadedSet:
     target_bytes: int | None
 
 
-@dataclass(frozen=True)
-class Alarm:
-    """By which share of its first value each set's figure may rise, and whether the run ends if it rises further."""
-
-    limits: Mapping[str, float]
-    stops: bool = False
-
-
 class SilentEvaluator:
-    """No-op evaluator, used without --eval_dataset."""
+    """No-op evaluator, used where nothing is measured."""
 
     def before_training(self, state: TrainState, *, run_ends: bool, save_now: Callable[[TrainState], Any]) -> None:
         """Evaluate the model that the run begins with, unless the run that it resumes has done so.
@@ -83,12 +84,12 @@ class SilentEvaluator:
         """Evaluate the model if that is due.
 
         Raises:
-            RunError: on all ranks, if a figure has risen beyond its limit and the alarm ends the run, which is saved.
+            RunError: on all ranks, if a figure is beyond its limit and the alarm ends the run, which is saved.
         """
 
 
 class Evaluator(SilentEvaluator):
-    """Evaluates all sets when that is due. All ranks call its methods together."""
+    """Evaluates all sets and tasks when that is due. All ranks call its methods together."""
 
     def __init__(
         self,
@@ -96,6 +97,7 @@ class Evaluator(SilentEvaluator):
         sets: Sequence[LoadedSet],
         collator: Collator,
         *,
+        tasks: Sequence[LoadedTask] = (),
         answerer: Answerer | None,
         interval: int | None,
         alarm: Alarm,
@@ -106,12 +108,14 @@ class Evaluator(SilentEvaluator):
     ):
         """
         Args:
-            answerer: answers --eval_prompts when the sets are evaluated; None without any.
+            tasks: on which the accuracy is measured.
+            answerer: answers --eval_prompts at each evaluation; None without any.
             interval: in optimizer steps; None evaluates only at the ends of epochs, which is done in any case.
             history: the evaluations so far; each one is added to it.
             eval_pending: evaluate again at the step at which the run begins, since a signal interrupted that.
         """
-        self._engine, self._sets, self._collator, self._interval = engine, sets, collator, interval
+        self._engine, self._collator, self._interval = engine, collator, interval
+        self._measured: list[LoadedSet | LoadedTask] = [*sets, *tasks]
         self._alarm, self._reporter, self._history = alarm, reporter, history
         self._answerer, self._stop, self._eval_pending = answerer, stop, eval_pending
         self._alarmed: list[str] = []
@@ -120,7 +124,7 @@ class Evaluator(SilentEvaluator):
         names = self._history.names()
         if self._eval_pending:
             self._judge(self._measure(state.step), state, run_ends=run_ends, save_now=save_now)
-        elif any(eval_set.name not in names for eval_set in self._sets):
+        elif any(measured.name not in names for measured in self._measured):
             self._measure(state.step)
 
     def after_step(
@@ -132,37 +136,36 @@ class Evaluator(SilentEvaluator):
     def _judge(
         self, figures: Figures | None, state: TrainState, *, run_ends: bool, save_now: Callable[[TrainState], Any]
     ) -> None:
-        """Raise the alarm if a figure has risen too far."""
+        """Raise the alarm if a figure is beyond its limit."""
         if figures is None:
             return
-        risen = self._risen(figures)
+        beyond = self._alarm.sentences(figures, self._history)
         # After the last step there is nothing to stop.
         stops = self._alarm.stops and not run_ends
-        for name, sentence in risen.items():
+        for name, sentence in beyond.items():
             if not stops and name not in self._alarmed:
                 logs.get_logger().warning("%s", sentence)
-        self._alarmed = list(risen)
-        if risen and stops:
+        self._alarmed = list(beyond)
+        if beyond and stops:
             folder = save_now(state)
+            risen = [one.name for one in self._measured if one.name in beyond and isinstance(one, LoadedSet)]
             raise RunError(
-                f"{'; '.join(risen.values())}; the run ends, step {state.step} is saved: continue with "
-                f"--load_checkpoint {folder} and another --forgetting_alarm, or mix in more of {', '.join(risen)}"
+                f"{'; '.join(beyond.values())}; the run ends, step {state.step} is saved: continue with "
+                f"--load_checkpoint {folder} and another --forgetting_alarm, or mix in more of "
+                f"{', '.join(risen) or 'the data that the model had before'}"
             )
 
     def _measure(self, step: int) -> Figures | None:
-        """The figures of all sets; None if a signal came, after which the run saves and ends."""
+        """The figures of all sets and tasks; None if a signal came, after which the run saves and ends."""
         figures: Figures = {}
-        for eval_set in self._sets:
-            start, name = time.monotonic(), eval_set.name
-            sums = summed_loss(self._engine, eval_set.samples, self._collator, stop=self._stop)
-            if sums is None:
+        for measured in self._measured:
+            start = time.monotonic()
+            found = self._accuracy(measured) if isinstance(measured, LoadedTask) else self._loss(measured)
+            if found is None:
                 self._interrupt(step)
                 return None
-            nats, predicted = sums
-            if predicted == 0:
-                raise UserError(f"--eval_dataset {name}: none of its tokens is predicted; give other data")
-            figures[name] = figures_of(nats, predicted, eval_set.target_bytes)
-            self._log(step, name, figures[name], time.monotonic() - start)
+            figures[measured.name] = found
+            self._log(step, measured.name, found, time.monotonic() - start)
         start = time.monotonic()
         answers = [] if self._answerer is None else self._answerer.answer()
         if answers is None:
@@ -176,6 +179,19 @@ class Evaluator(SilentEvaluator):
             self._reporter.answers(step, as_record(answers))
         return figures
 
+    def _accuracy(self, task: LoadedTask) -> dict[str, float] | None:
+        return accuracy_on(self._engine, task, self._collator, stop=self._stop)
+
+    def _loss(self, eval_set: LoadedSet) -> dict[str, float] | None:
+        """The figures of a set; None if a signal came. Raises UserError if nothing of it is predicted."""
+        sums = summed_loss(self._engine, eval_set.samples, self._collator, stop=self._stop)
+        if sums is None:
+            return None
+        nats, predicted = sums
+        if predicted == 0:
+            raise UserError(f"--eval_dataset {eval_set.name}: none of its tokens is predicted; give other data")
+        return figures_of(nats, predicted, eval_set.target_bytes)
+
     def _interrupt(self, step: int) -> None:
         """Record for the checkpoint that the evaluation is pending; step 0 has no checkpoint."""
         self._history.add(step, {})
@@ -184,18 +200,8 @@ class Evaluator(SilentEvaluator):
 
     def _log(self, step: int, name: str, figures: dict[str, float], seconds: float) -> None:
         key, first = self._history.first(name, figures)
-        since = f", {figures[key] / first - 1:+.2%} since the first" if first else ""
-        bits = f", {figures['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in figures else ""
-        logs.get_logger().info(
-            "step %d: %s: loss %.4f, perplexity %.2f%s%s (%.1f s)",
-            step,
-            name,
-            figures["loss"],
-            figures["perplexity"],
-            bits,
-            since,
-            seconds,
-        )
+        shown = _accuracy_figures(figures, first) if key == ACCURACY else _loss_figures(figures, key, first)
+        logs.get_logger().info("step %d: %s: %s (%.1f s)", step, name, shown, seconds)
 
     def _log_answers(self, step: int, answers: Sequence[Answer], seconds: float) -> None:
         for answer in answers:
@@ -203,19 +209,18 @@ class Evaluator(SilentEvaluator):
             logs.get_logger().info("step %d: prompt %r, answer %r", step, prompt, text)
         logs.get_logger().info("step %d: %s answered (%.1f s)", step, counted(len(answers), "prompt"), seconds)
 
-    def _risen(self, figures: Figures) -> dict[str, str]:
-        """The sets whose figure has risen beyond its limit, each with a sentence for the user."""
-        risen = {}
-        for name, limit in self._alarm.limits.items():
-            key, first = self._history.first(name, figures[name])
-            now = figures[name][key]
-            # Not "now > ...", which is False for NaN.
-            if first is not None and not now <= first * (1 + limit):
-                risen[name] = (
-                    f"--forgetting_alarm {name}={limit:g}: {key.replace('_', ' ')} of {name} went from {first:.4f} "
-                    f"to {now:.4f}, by {now / first - 1 if first else math.inf:+.1%}"
-                )
-        return risen
+
+def _loss_figures(figures: Mapping[str, float], key: str, first: float | None) -> str:
+    """For the log, with the change of the figure `key` since its first value."""
+    bits = f", {figures['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in figures else ""
+    since = f", {figures[key] / first - 1:+.2%} since the first" if first else ""
+    return f"loss {figures['loss']:.4f}, perplexity {figures['perplexity']:.2f}{bits}{since}"
+
+
+def _accuracy_figures(figures: Mapping[str, float], first: float | None) -> str:
+    error = f", error {figures[STANDARD_ERROR]:.1%}" if STANDARD_ERROR in figures else ""
+    since = "" if first is None else f", {100 * (figures[ACCURACY] - first):+.1f} points"
+    return f"accuracy {figures[ACCURACY]:.1%}{error}{since}"
 
 
 def _shortened(text: str) -> str:

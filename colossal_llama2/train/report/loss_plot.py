@@ -1,11 +1,13 @@
 """The loss of a run as PNG, from its train_log.jsonl: each step, smoothed, bucket borders and evaluations.
 
+Below it, on an axis of their own, are the accuracies on tasks, if there are any.
+
 A run that was resumed has one log, and so one curve.
 """
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -33,16 +35,23 @@ MIN_BORDER_DISTANCE = 0.04
 # Up to this number of borders are labelled "bucket 3", more only with the number.
 MAX_LONG_LABELS = 6
 MAX_LEGEND_EVALUATIONS = 18
+# Where accuracies have a third of the height.
+MAX_LEGEND_EVALUATIONS_ABOVE = 10
+HEIGHTS = (2, 1)
 MAX_EVALUATION_WIDTH = 20
 
 
 @dataclass
 class Curves:
-    """What is drawn. A border is where a bucket (without buckets, an epoch) begins: (step, its name)."""
+    """What is drawn. A border is where a bucket (without buckets, an epoch) begins: (step, its name).
+
+    An accuracy has its step, its value and its standard error, both as shares.
+    """
 
     losses: list[Point] = field(default_factory=list)
     borders: list[tuple[int, str]] = field(default_factory=list)
     evaluations: dict[str, list[Point]] = field(default_factory=dict)
+    accuracies: dict[str, list[tuple[int, float, float]]] = field(default_factory=dict)
 
 
 def curves_of(records: Iterable[dict[str, Any]]) -> Curves:
@@ -60,6 +69,9 @@ def curves_of(records: Iterable[dict[str, Any]]) -> Curves:
         for name, figures in record.get("evaluation", {}).items():
             if figures.get("loss") is not None:
                 curves.evaluations.setdefault(name, []).append((record["step"], figures["loss"]))
+            if figures.get("accuracy") is not None:
+                point = record["step"], figures["accuracy"], figures.get("standard_error") or 0.0
+                curves.accuracies.setdefault(name, []).append(point)
     return curves
 
 
@@ -89,20 +101,52 @@ def draw(curves: Curves, *, title: str) -> bytes:
     """
 
     def draw_on(figure: "Figure") -> None:
-        axes = figure.add_subplot()
-        marker = "o" if len(curves.losses) <= MAX_DOTS else None
-        (raw,) = axes.plot(*_columns(curves.losses), color=RAW, linewidth=1, marker=marker, markersize=3)
-        # A line needs more than one point.
-        marker = "o" if len(curves.losses) == 1 else None
-        (mean,) = axes.plot(*_columns(smoothed(curves.losses)), color=SMOOTHED, linewidth=2, marker=marker)
-        entries = [(raw, "loss of a step"), (mean, "smoothed")]
-        entries += _draw_evaluations(axes, curves.evaluations)
-        axes.set(xlabel="optimizer step", ylabel="loss, nats per token")
-        style.count_axis(axes.xaxis)
-        _set_step_limits(axes, curves)
-        style.add_legend(axes, entries[:2] + _draw_borders(axes, curves.borders) + entries[2:])
+        if not curves.accuracies:
+            _draw_losses(figure.add_subplot(), curves, most=MAX_LEGEND_EVALUATIONS)
+            return
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=HEIGHTS)
+        _draw_losses(above, curves, most=MAX_LEGEND_EVALUATIONS_ABOVE)
+        above.set(xlabel="")
+        _draw_accuracies(below, curves)
 
     return style.render(draw_on, title=title, needed_for=NEEDED_FOR)
+
+
+def _draw_losses(axes: "Axes", curves: Curves, *, most: int) -> None:
+    """`most` evaluations have a line in the legend."""
+    marker = "o" if len(curves.losses) <= MAX_DOTS else None
+    (raw,) = axes.plot(*_columns(curves.losses), color=RAW, linewidth=1, marker=marker, markersize=3)
+    # A line needs more than one point.
+    marker = "o" if len(curves.losses) == 1 else None
+    (mean,) = axes.plot(*_columns(smoothed(curves.losses)), color=SMOOTHED, linewidth=2, marker=marker)
+    entries = [(raw, "loss of a step"), (mean, "smoothed")]
+    evaluations = _draw_evaluations(axes, curves.evaluations, most=most)
+    axes.set(xlabel="optimizer step", ylabel="loss, nats per token")
+    style.count_axis(axes.xaxis)
+    _set_step_limits(axes, curves)
+    style.add_legend(axes, entries + _draw_borders(axes, curves.borders) + evaluations)
+
+
+def _draw_accuracies(axes: "Axes", curves: Curves) -> None:
+    """A line with a dot and its standard error at each evaluation."""
+    from matplotlib.ticker import PercentFormatter
+
+    entries = []
+    for (name, points), (line, colour) in zip(curves.accuracies.items(), _styles(), strict=False):
+        steps, values, errors = zip(*points, strict=True)
+        size = 5 if len(points) <= MAX_DOTS else 2
+        drawn = axes.errorbar(
+            steps, values, yerr=errors, color=colour, linestyle=line, marker="o", markersize=size, linewidth=1
+        )
+        entries.append((drawn.lines[0], style.label(name, MAX_EVALUATION_WIDTH)))
+    axes.set(xlabel="optimizer step", ylabel="accuracy")
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    style.add_legend(axes, entries)
+
+
+def _styles() -> Iterator[tuple[str, str]]:
+    """Kinds of lines and colours that can be distinguished, again and again."""
+    return itertools.cycle((line, colour) for line in EVALUATION_LINES for colour in EVALUATION_COLOURS)
 
 
 def _columns(points: list[Point]) -> tuple[list[int], list[float]]:
@@ -110,23 +154,26 @@ def _columns(points: list[Point]) -> tuple[list[int], list[float]]:
 
 
 def _set_step_limits(axes: "Axes", curves: Curves) -> None:
-    steps = [step for points in (curves.losses, *curves.evaluations.values()) for step, _ in points]
+    lines: tuple[Sequence[Sequence[float]], ...] = (
+        curves.losses,
+        *curves.evaluations.values(),
+        *curves.accuracies.values(),
+    )
+    steps = [point[0] for points in lines for point in points]
     margin = max((max(steps) - min(steps)) / 100, 0.5)
     axes.set_xlim(min(steps) - margin, max(steps) + margin)
 
 
-def _draw_evaluations(axes: "Axes", evaluations: dict[str, list[Point]]) -> list[tuple[Any, str]]:
-    """A line with a dot at each evaluation; returns what goes into the legend."""
+def _draw_evaluations(axes: "Axes", evaluations: dict[str, list[Point]], *, most: int) -> list[tuple[Any, str]]:
+    """A line with a dot at each evaluation; returns what goes into the legend, for at most that many."""
     entries = []
-    styles = itertools.cycle((line, colour) for line in EVALUATION_LINES for colour in EVALUATION_COLOURS)
-    for (name, points), (line, colour) in zip(evaluations.items(), styles, strict=False):
+    for (name, points), (line, colour) in zip(evaluations.items(), _styles(), strict=False):
         size = 5 if len(points) <= MAX_DOTS else 2
         (drawn,) = axes.plot(*_columns(points), color=colour, linestyle=line, marker="o", markersize=size, linewidth=1)
         entries.append((drawn, f"evaluation {style.label(name, MAX_EVALUATION_WIDTH)}"))
-    if len(entries) > MAX_LEGEND_EVALUATIONS:
+    if len(entries) > most:
         (blank,) = axes.plot([], [], alpha=0)
-        more = len(entries) - MAX_LEGEND_EVALUATIONS
-        entries = [*entries[:MAX_LEGEND_EVALUATIONS], (blank, f"and {more:,} more")]
+        entries = [*entries[:most], (blank, f"and {len(entries) - most:,} more")]
     return entries
 
 

@@ -7,7 +7,7 @@ On the Hub, `base_model` of the front matter is the Hub identifier of the model 
 identifier, so it is the model that the first stage began with; the table of stages names the folders.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +204,7 @@ def _sum(values: Sequence[int | None]) -> str:
 
 
 def curves(records: Iterable[dict[str, Any]]) -> tuple[list[float], dict[str, dict[int, dict[str, float]]]]:
-    """The losses of all steps that have one, and the figures of evaluations by set and step."""
+    """The losses of all steps that have one, and the figures of evaluations by set or task, and step."""
     losses: list[float] = []
     evaluations: dict[str, dict[int, dict[str, float]]] = {}
     for record in records:
@@ -295,16 +295,32 @@ def _amounts(amounts: Sequence[Amount], settings: dict[str, Any]) -> str:
 
 
 def _evaluation(evaluations: dict[str, dict[int, dict[str, float]]], of_last: str) -> str:
-    """The first and the last figures of each evaluated set."""
-    if not evaluations:
-        return ""
-    names = list(dict.fromkeys(n for found in evaluations.values() for figures in found.values() for n in figures))
-    rows = []
-    for data, found in evaluations.items():
-        for step in sorted({min(found), max(found)}):
-            rows.append([data, f"{step:,}", *(_figure(found[step].get(name)) for name in names)])
-    columns = ["data", "after step", *(name.replace("_", " ") for name in names)]
-    return f"## Evaluation{of_last}\n\n" + table(columns, rows)
+    """The first and the last figures of each evaluated set and task."""
+    tasks = {
+        name: found for name, found in evaluations.items() if any("accuracy" in values for values in found.values())
+    }
+    sets = {name: found for name, found in evaluations.items() if name not in tasks}
+    parts = []
+    if sets:
+        names = list(dict.fromkeys(n for found in sets.values() for figures in found.values() for n in figures))
+        columns = ["data", "after step", *(name.replace("_", " ") for name in names)]
+        parts.append(table(columns, _first_and_last(sets, lambda values: [_figure(values.get(n)) for n in names])))
+    if tasks:
+        columns = ["task", "after step", "accuracy", "standard error"]
+        figures = ("accuracy", "standard_error")
+        rows = _first_and_last(tasks, lambda values: [_percent(values.get(n)) for n in figures])
+        parts.append("Accuracies are by the logits of the first predicted token.\n\n" + table(columns, rows))
+    return "\n\n".join([f"## Evaluation{of_last}", *parts]) if parts else ""
+
+
+def _first_and_last(
+    evaluations: dict[str, dict[int, dict[str, float]]], cells: Callable[[dict[str, float]], list[str]]
+) -> list[list[str]]:
+    return [
+        [name, f"{step:,}", *cells(found[step])]
+        for name, found in evaluations.items()
+        for step in sorted({min(found), max(found)})
+    ]
 
 
 def _noting_answers(
@@ -346,6 +362,10 @@ def card_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
 
 
 def _cell(value: Any) -> str:

@@ -11,6 +11,7 @@ from colossal_llama2.dataset.layout.chat_data import ChatData
 from colossal_llama2.dataset.read.eval_sets import EvalSet
 from colossal_llama2.dataset.read.sources import Data
 from colossal_llama2.engine.settings import EngineSettings
+from colossal_llama2.evaluation.task import LogitTask
 from colossal_llama2.inference.prompt_file import FilePrompt
 from colossal_llama2.train.run_folder.run_folder import RunFolder
 from colossal_llama2.train.settings.model_source import ModelSource, check_adapter
@@ -83,19 +84,27 @@ class EvaluationConfig:
 
     Attributes:
         sets: name and folder of each --eval_dataset.
+        tasks: those of --eval_tasks, with their items.
         interval: optimizer steps between two evaluations; None for only the ends of epochs.
-        limits: name of a set -> share of the first value by which its figure may rise (--forgetting_alarm).
-        stops: end the run when a figure has risen further, instead of a warning.
+        limits: name of a set -> share of the first value by which its figure may rise; name of a task -> by how much
+            its accuracy may fall (--forgetting_alarm).
+        stops: end the run when a figure is beyond its limit, instead of a warning.
         prompts: those of --eval_prompts, which are answered at each evaluation.
         prompt_tokens: of an answer, at most.
     """
 
     sets: Sequence[EvalSet]
+    tasks: Sequence[LogitTask]
     interval: int | None
     limits: Mapping[str, float]
     stops: bool
     prompts: Sequence[FilePrompt]
     prompt_tokens: int
+
+    @property
+    def measures(self) -> bool:
+        """Whether there is anything to measure."""
+        return bool(self.sets or self.tasks)
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 import argparse
 from collections import Counter
+from collections.abc import Sequence
 
 from colossal_llama2 import tracker_names
 from colossal_llama2.cli.dependent_flags import unused_flags
 from colossal_llama2.cli.train_flags import train_parser, train_sft_parser
+from colossal_llama2.cli.value_types import task_list
 from colossal_llama2.dataset.read.order import SampleOrder
 from colossal_llama2.engine.settings import EngineSettings
 from colossal_llama2.engine.settings_problems import length_problems, settings_problems
@@ -97,6 +99,7 @@ _NOT_SUGGESTED = {
     **dict.fromkeys(("lr", "weight_decay", "warmup_steps", "seed", "lora_alpha", "use_neft", "neft_alpha"), _SAME_COST),
     **dict.fromkeys(("num_epochs", "max_steps"), "which plans for --tokens"),
     **dict.fromkeys(("max_bad_steps", "dist_timeout"), "which trains nothing"),
+    **dict.fromkeys(("eval_tasks", "eval_limit", "eval_num_fewshot"), _NO_EVALUATION),
     **dict.fromkeys(("eval_interval", "eval_prompts", "eval_prompt_tokens"), _NO_EVALUATION),
     **dict.fromkeys(("forgetting_alarm", "on_forgetting"), _NO_EVALUATION),
     **dict.fromkeys(("save_dir", "save_interval", "skip_save_each_epoch", "keep_last", "keep_every"), _NO_OUTPUT),
@@ -137,20 +140,45 @@ def _utf8_problems(args: argparse.Namespace) -> list[str]:
 
 
 def _evaluation_problems(args: argparse.Namespace) -> list[str]:
-    names = [word.partition("=")[0] for word in args.eval_dataset or ()]
-    alarms = Counter(word.rpartition("=")[0] for word in args.forgetting_alarm or ())
+    sets = [word.partition("=")[0] for word in args.eval_dataset or ()]
+    tasks = [name for name, _ in task_list(args.eval_tasks)] if args.eval_tasks else []
+    names = [*sets, *tasks]
+    problems = [
+        f"--eval_dataset {name}: --eval_tasks has a task of this name; give the data another name"
+        for name in dict.fromkeys(sets)
+        if name in tasks
+    ]
+    problems += _alarm_problems(args.forgetting_alarm or (), names, tasks)
+    if args.eval_interval is not None and not names:
+        problems.append("--eval_interval needs --eval_dataset or --eval_tasks")
+    if args.benchmark:
+        problems += [
+            f"{flag} has no effect with --benchmark; leave one of them out"
+            for flag, given in (("--eval_dataset", sets), ("--eval_tasks", tasks))
+            if given
+        ]
+    return problems
+
+
+def _alarm_problems(given: Sequence[str], names: Sequence[str], tasks: Sequence[str]) -> list[str]:
+    """The problems of --forgetting_alarm, given what is measured, and which of that are tasks."""
+    words = [word.rpartition("=") for word in given]
+    alarms = Counter(name for name, _, _ in words)
     problems = [
         f"--forgetting_alarm: {name} is named {count} times; name it once"
         for name, count in alarms.items()
         if count > 1
     ]
     problems += [
-        f"--forgetting_alarm {name}: there is no --eval_dataset of that name; give one of {', '.join(names) or 'none'}"
+        f"--forgetting_alarm {name}: there is no --eval_dataset or task of --eval_tasks of that name; give one of "
+        f"{', '.join(names) or 'none'}"
         for name in alarms
         if name not in names
     ]
-    if args.eval_interval is not None and not names:
-        problems.append("--eval_interval needs --eval_dataset")
-    if names and args.benchmark:
-        problems.append("--eval_dataset has no effect with --benchmark; leave one of them out")
+    problems += [
+        f"--forgetting_alarm {name}={limit}: an accuracy cannot fall by that much; give a number below 1, such as 0.1 "
+        "for 10 points"
+        for name, _, limit in words
+        if name in tasks and float(limit) >= 1
+    ]
     return problems

@@ -4,10 +4,11 @@ import argparse
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from colossal_llama2 import logs
 from colossal_llama2.cli.dependent_flags import used_flags, with_defaults
+from colossal_llama2.cli.value_types import task_list
 from colossal_llama2.dataset.layout.chat_data import chat_data_of
 from colossal_llama2.dataset.layout.manifest import check_parts_fit
 from colossal_llama2.dataset.read.eval_sets import resolve_eval_sets
@@ -17,6 +18,9 @@ from colossal_llama2.encoding.folder_files import check_tokenizer_files
 from colossal_llama2.encoding.registry import holds_tokenizer
 from colossal_llama2.engine.settings import EngineSettings
 from colossal_llama2.errors import UserError
+from colossal_llama2.evaluation.settings import place_of
+from colossal_llama2.evaluation.task import LogitTask
+from colossal_llama2.evaluation.tasks import read_tasks
 from colossal_llama2.inference.prompt_file import FilePrompt, read_prompts
 from colossal_llama2.launcher import place
 from colossal_llama2.layer_matrices import LAYER_MATRICES
@@ -41,6 +45,8 @@ from colossal_llama2.train.settings.model_source import ModelSource, find_source
 
 # All of their answers are logged.
 MOST_EVAL_PROMPTS = 32
+# The default of python -m colossal_llama2.evaluation.
+TASK_SEED = 0
 
 
 class Problems(list[str]):
@@ -184,12 +190,27 @@ def _evaluation(args: argparse.Namespace, problems: Problems) -> EvaluationConfi
     limits = [word.rpartition("=") for word in args.forgetting_alarm or ()]
     return EvaluationConfig(
         sets=problems.check(lambda: resolve_eval_sets(args.eval_dataset)) or (),
+        tasks=problems.check(lambda: _eval_tasks(args)) or (),
         interval=args.eval_interval,
         limits={name: float(limit) for name, _, limit in limits},
         stops=args.on_forgetting == "stop",
         prompts=problems.check(lambda: _eval_prompts(args.eval_prompts)) or (),
         prompt_tokens=args.eval_prompt_tokens,
     )
+
+
+def _eval_tasks(args: argparse.Namespace) -> list[LogitTask]:
+    """The tasks of --eval_tasks with their items. Raises UserError, with file:line for what is wrong in a file."""
+    if args.eval_tasks is None:
+        return []
+    flag = "--eval_tasks"
+    places = [(name, place_of(name, path, flag=flag)) for name, path in task_list(args.eval_tasks)]
+    try:
+        tasks = read_tasks(places, num_fewshot=args.eval_num_fewshot, limit=args.eval_limit, seed=TASK_SEED)
+    except UserError as error:
+        # The readers of sets name the flag of their command.
+        raise UserError(str(error).replace("--num_fewshot", "--eval_num_fewshot"))
+    return [cast(LogitTask, task) for task in tasks]
 
 
 def _eval_prompts(path: str | None) -> list[FilePrompt]:
@@ -231,6 +252,11 @@ def _with_source(config: TrainConfig, load_checkpoint: str | None, problems: Pro
 def _with_data(config: TrainConfig) -> TrainConfig:
     """The settings with the data's chat template, after its manifests are compared with the stage and the model."""
     tokenizer_dir: str | None = config.source.tokenizer
+    if config.evaluation.tasks and not holds_tokenizer(config.source.tokenizer):
+        raise UserError(
+            f"--eval_tasks needs the tokenizer of the model, and {config.source.tokenizer} has none; copy its files "
+            "there, or leave --eval_tasks out"
+        )
     if config.flags["dry_run"] and not holds_tokenizer(config.source.tokenizer):
         logs.get_logger().info("%s has no tokenizer, so none is compared with data and model", config.source.tokenizer)
         config, tokenizer_dir = replace(config, has_tokenizer=False), None

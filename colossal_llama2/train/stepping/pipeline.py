@@ -95,20 +95,51 @@ def pipeline_tokens(engine: "Engine", batch: Batch) -> list[int]:
     parts = regroup([batch], engine.settings.microbatch_size)
     # The last stage is asked for the microbatches in their order.
     forwards = iter(parts)
-    chosen: list[torch.Tensor] = []
 
     def places() -> "torch.Tensor":
         return (next(forwards).lengths - 1).to(engine.device)
 
+    with engine.choosing_next(places):
+        chosen = _through_stages(engine, parts)
+    ids = torch.zeros(len(batch.lengths), dtype=torch.long, device=engine.device) if chosen is None else chosen
+    return engine.max_over_stages(ids).tolist()
+
+
+def pipeline_logits(engine: "Engine", batch: Batch, candidates: "torch.Tensor") -> "torch.Tensor":
+    """The logits of the (batch, candidates) ids that may follow each row, on every stage.
+
+    Called on all ranks, in `evaluating`.
+    """
+    import torch
+
+    size = engine.settings.microbatch_size
+    parts = regroup([batch], size)
+    forwards = zip(parts, candidates.split(size), strict=True)
+
+    def asked() -> tuple["torch.Tensor", "torch.Tensor"]:
+        part, ids = next(forwards)
+        return (part.lengths - 1).to(engine.device), ids.to(engine.device)
+
+    with engine.scoring_next(asked):
+        found = _through_stages(engine, parts)
+    if found is None:
+        found = torch.full(tuple(candidates.shape), -torch.inf, device=engine.device)
+    return engine.max_over_stages(found.float())
+
+
+def _through_stages(engine: "Engine", parts: Sequence[Batch]) -> "torch.Tensor | None":
+    """What the head of the last stage returns for all rows; None on the other stages."""
+    import torch
+
+    returned: list[torch.Tensor] = []
+
     def criterion(outputs: Any, _: int) -> "torch.Tensor":
-        chosen.append(outputs.logits)
+        returned.append(outputs.logits)
         return torch.zeros((), device=engine.device)
 
-    with engine.choosing_next(places):
-        engine.run_pipeline(
-            {"input_ids": torch.cat([part.input_ids for part in parts])},
-            more_inputs=lambda index: engine.attention_inputs(parts[index]),
-            criterion=criterion,
-        )
-    ids = torch.cat(chosen) if chosen else torch.zeros(len(batch.lengths), dtype=torch.long, device=engine.device)
-    return engine.max_over_stages(ids).tolist()
+    engine.run_pipeline(
+        {"input_ids": torch.cat([part.input_ids for part in parts])},
+        more_inputs=lambda index: engine.attention_inputs(parts[index]),
+        criterion=criterion,
+    )
+    return torch.cat(returned) if returned else None
