@@ -115,11 +115,14 @@ class Sampler(threading.Thread):
     def __init__(self, base: int):
         super().__init__(daemon=True)
         self.base, self.peak = base, 0
+        self._lock = threading.Lock()
 
     def run(self) -> None:
         """Until the process ends."""
         while True:
-            self.peak = max(self.peak, self.now())
+            # Between reading the peak and writing it, the other thread may not restart it.
+            with self._lock:
+                self.peak = max(self.peak, self.now())
             time.sleep(0.005)
 
     def now(self) -> int:
@@ -128,7 +131,8 @@ class Sampler(threading.Thread):
 
     def restart(self) -> int:
         """Forget the peak. Returns what is held now."""
-        self.peak = held = self.now()
+        with self._lock:
+            self.peak = held = self.now()
         return held
 
 

@@ -305,6 +305,12 @@ _TABLE = (
         "float().norm(2)",
     ),
     Patch(
+        "colossalai.zero.gemini.chunk.manager:ChunkManager.register_tensor",
+        "Gemini: a parameter's float32 copy is made twice",
+        "zero/gemini/gemini_ddp.py:851",
+        "fp32_p.data.float()",
+    ),
+    Patch(
         "colossalai.legacy.utils.memory:colo_device_memory_capacity",
         "automatic placement: ranks may gather different chunks, and wait for each other",
         "zero/gemini/placement_policy.py:177",
