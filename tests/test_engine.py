@@ -385,19 +385,34 @@ def test_master_weights_are_converted_in_their_chunk(gloo_group, monkeypatch):
     torch.manual_seed(0)
     # The second one begins new chunks, the third one is larger than others.
     given = [torch.nn.Parameter(torch.randn(shape).bfloat16()) for shape in ((20, 20), (300,), (30, 30))]
-    masters = []
-    for param in given:
+    masters, exact = [], [param.detach().float() for param in given]
+    for param, values in zip(given, exact, strict=True):
         manager.register_tensor(param, "fp16_param", 1, dist.group.WORLD)
         masters.append(param.clone())
         masters[-1].data = masters[-1].data.float()
         manager.register_tensor(masters[-1], "fp32_param", 1, dist.group.WORLD)
-        assert masters[-1].shape == param.shape and torch.equal(masters[-1], param.float())
+        assert torch.equal(masters[-1], values)
     assert {size for size in held if size is not None} == {4}
     manager.close_all_groups()
     assert [manager.get_chunk(master).chunk_size for master in masters] == [600, 600, 900]
-    for master, param in zip(masters, given, strict=True):
-        place = manager.get_chunk(master).tensors_info[master]
-        assert torch.equal(manager.get_chunk(master).payload[place.offset : place.end].view(param.shape), param.float())
+    for master, values in zip(masters, exact, strict=True):
+        chunk = manager.get_chunk(master)
+        place = chunk.tensors_info[master]
+        assert torch.equal(chunk.payload[place.offset : place.end].view(values.shape), values)
+
+
+def test_weights_of_one_file_at_a_time_are_in_memory(tmp_path):
+    from colossalai.checkpoint_io import general_checkpoint_io
+    from safetensors.torch import save_file
+
+    bug_fixes.free_files_read()
+    files = [str(tmp_path / f"{number}.safetensors") for number in range(2)]
+    for number, path in enumerate(files):
+        save_file({"a": torch.full((3,), float(number))}, path)
+    found = general_checkpoint_io.load_state_dict_shards(files, False, True)
+    first = next(found)
+    assert torch.equal(first["a"], torch.zeros(3))
+    assert torch.equal(next(found)["a"], torch.ones(3)) and not first
 
 
 def test_clipping_of_the_plain_loop_is_exact():

@@ -232,7 +232,7 @@ _TABLE = (
     _states(f"{_ZERO}.state_dict_shard", "zero/low_level/low_level_optim.py:899", "all_gather_into_flat_tensor_nd("),
     _states(
         f"{_HYBRID_IO}:HybridParallelCheckpointIO._optimizer_sharder",
-        "checkpoint_io/hybrid_parallel_checkpoint_io.py:1056",
+        "checkpoint_io/hybrid_parallel_checkpoint_io.py:1057",
         "dist.all_gather(",
     ),
     _states("colossalai.zero:GeminiOptimizer.state_shard", "zero/gemini/gemini_optimizer.py:536", "all_gather_object("),
@@ -303,6 +303,12 @@ _TABLE = (
         "the gradient norm of a large chunk is too low on the CPU, and so is clipping",
         "zero/gemini/chunk/chunk.py:261",
         "float().norm(2)",
+    ),
+    _checkpoint(
+        "colossalai.checkpoint_io.general_checkpoint_io:load_state_dict_shards",
+        "a file's weights are held while the next file is read",
+        "utils.py:1011",
+        "state_dict = load_optim_or_model_shard(",
     ),
     Patch(
         "colossalai.zero.gemini.chunk.manager:ChunkManager.register_tensor",
