@@ -401,20 +401,6 @@ def test_master_weights_are_converted_in_their_chunk(gloo_group, monkeypatch):
         assert torch.equal(chunk.payload[place.offset : place.end].view(values.shape), values)
 
 
-def test_weights_of_one_file_at_a_time_are_in_memory(tmp_path):
-    from colossalai.checkpoint_io import general_checkpoint_io
-    from safetensors.torch import save_file
-
-    bug_fixes.free_files_read()
-    files = [str(tmp_path / f"{number}.safetensors") for number in range(2)]
-    for number, path in enumerate(files):
-        save_file({"a": torch.full((3,), float(number))}, path)
-    found = general_checkpoint_io.load_state_dict_shards(files, False, True)
-    first = next(found)
-    assert torch.equal(first["a"], torch.zeros(3))
-    assert torch.equal(next(found)["a"], torch.ones(3)) and not first
-
-
 def test_clipping_of_the_plain_loop_is_exact():
     from colossal_llama2.train.plain_loop import _clip
 

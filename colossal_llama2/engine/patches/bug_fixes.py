@@ -15,7 +15,6 @@ sum_split_biases       3d, --sp_mode split_gather and ring: wrong gradients of t
 unrounded_buffers      every plugin in bf16 or fp16: rotary frequencies are rounded, and with them all positions
 norm_in_blocks         Gemini: the gradient norm of a large chunk is too low on the CPU, and so is clipping
 convert_into_chunks    Gemini: a parameter's float32 copy is made twice, which decides the peak of loading a small model
-free_files_read        Gemini: while weights are read from a file, those of the file before are still in memory
 """
 
 import contextlib
@@ -43,7 +42,6 @@ def install_for_gemini() -> None:
     read_tied_by_two_names()
     norm_in_blocks()
     convert_into_chunks()
-    free_files_read()
 
 
 def install_for_3d() -> None:
@@ -321,24 +319,6 @@ def convert_into_chunks() -> None:
         return register_and_convert
 
     patching.install("colossalai.zero.gemini.chunk.manager:ChunkManager.register_tensor", converting)
-
-
-def free_files_read() -> None:
-    """Make ColossalAI free the weights of a file before it reads the next one.
-
-    checkpoint_io/utils.py:1011: the variables of two loops still refer to the file before.
-    """
-
-    def freeing(read):
-        @functools.wraps(read)
-        def read_and_free(*args, **keywords) -> Iterator[dict]:
-            for weights in read(*args, **keywords):
-                yield weights
-                weights.clear()
-
-        return read_and_free
-
-    patching.install("colossalai.checkpoint_io.general_checkpoint_io:load_state_dict_shards", freeing)
 
 
 def sum_of_squares(values) -> float:

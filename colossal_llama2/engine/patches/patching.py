@@ -304,12 +304,6 @@ _TABLE = (
         "zero/gemini/chunk/chunk.py:261",
         "float().norm(2)",
     ),
-    _checkpoint(
-        "colossalai.checkpoint_io.general_checkpoint_io:load_state_dict_shards",
-        "a file's weights are held while the next file is read",
-        "utils.py:1011",
-        "state_dict = load_optim_or_model_shard(",
-    ),
     Patch(
         "colossalai.zero.gemini.chunk.manager:ChunkManager.register_tensor",
         "Gemini: a parameter's float32 copy is made twice",
