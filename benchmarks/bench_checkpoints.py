@@ -1,4 +1,4 @@
-"""The memory of loading a model and of saving a checkpoint, per rank and plugin, on models of growing size.
+"""The memory of loading a model, of saving a checkpoint and of resuming it, per rank and plugin, on growing models.
 
     python benchmarks/bench_checkpoints.py --work_dir /tmp/bench_checkpoints
 
@@ -10,6 +10,7 @@ pages of mapped files, which the system can drop at any time. Of the rank with t
     file      the largest file that is read, and that is written
     loading   the peak from the first read to the split model
     saving    the peak while weights, optimizer and master weights are written
+    resuming  the peak while optimizer and master weights are read again; what is held and the files are those of saving
     ratio     of the peak to what is held and one file; 1.3 or less is the target
 
 Files are written with a quarter of the weights' size, but the states of a parameter are never divided: the largest file
@@ -46,7 +47,9 @@ PLUGINS = {
 }
 SMALLEST_MODEL = (64, 128, 2, 4, 4, 512, False)
 SHARDS, RANKS, MIB = 4, 2, 2**20
-REPORT, PHASES = "BENCH_CHECKPOINTS", ("loading", "saving")
+REPORT = "BENCH_CHECKPOINTS"
+# With those whose peaks are compared with the same figures.
+PHASES = {"loading": ("loading",), "saving": ("saving", "resuming")}
 
 
 def main() -> None:
@@ -64,7 +67,9 @@ def main() -> None:
     work_dir = make_folder(parser, args.work_dir)
     try:
         print_note(args)
-        columns = "".join(f"   held   file  {phase:>7}  ratio" for phase in PHASES)
+        columns = "".join(
+            f"   held   file{''.join(f' {phase:>8}  ratio' for phase in PHASES[name])}" for name in PHASES
+        )
         print(f"{'MB per rank':20} model{columns}", flush=True)
         for name, sizes in models.items():
             for plugin in args.plugins or (["zero2"] if args.smallest else PLUGINS):
@@ -77,13 +82,14 @@ def main() -> None:
         shutil.rmtree(work_dir)
 
 
-def line(name: str, size: int, found: dict[str, int]) -> str:
+def line(title: str, size: int, found: dict[str, int]) -> str:
     """One row of the table."""
     cells = ""
-    for phase in PHASES:
-        held, file, peak = found[f"held, {phase}"], found[f"file, {phase}"], found[phase]
-        cells += f" {held / 1e6:>6,.0f} {file / 1e6:>6,.0f} {peak / 1e6:>8,.0f} {peak / (held + file):>6.2f}"
-    return f"{name:20} {size / 1e6:>5,.0f}{cells}"
+    for name, phases in PHASES.items():
+        held, file = found[f"held, {name}"], found[f"file, {name}"]
+        cells += f" {held / 1e6:>6,.0f} {file / 1e6:>6,.0f}"
+        cells += "".join(f" {found[phase] / 1e6:>8,.0f} {found[phase] / (held + file):>6.2f}" for phase in phases)
+    return f"{title:20} {size / 1e6:>5,.0f}{cells}"
 
 
 def run(folder: Path, size: int, flags: str) -> dict[str, int]:
@@ -109,11 +115,14 @@ class Sampler(threading.Thread):
     def __init__(self, base: int):
         super().__init__(daemon=True)
         self.base, self.peak = base, 0
+        self._lock = threading.Lock()
 
     def run(self) -> None:
         """Until the process ends."""
         while True:
-            self.peak = max(self.peak, self.now())
+            # Between reading the peak and writing it, the other thread may not restart it.
+            with self._lock:
+                self.peak = max(self.peak, self.now())
             time.sleep(0.005)
 
     def now(self) -> int:
@@ -122,7 +131,8 @@ class Sampler(threading.Thread):
 
     def restart(self) -> int:
         """Forget the peak. Returns what is held now."""
-        self.peak = held = self.now()
+        with self._lock:
+            self.peak = held = self.now()
         return held
 
 
@@ -133,7 +143,7 @@ def anonymous_bytes() -> int:
 
 
 def measure(words: list[str]) -> None:
-    """One rank: load, make a step, save, and report."""
+    """One rank: load, make a step, save, resume, and report."""
     bench_memory.import_all(words)
     import train
     from colossal_llama2 import logs
@@ -151,6 +161,9 @@ def measure(words: list[str]) -> None:
         found["held, saving"] = sampler.restart()
         save(parts.engine)
         found["saving"] = max(sampler.peak, sampler.now())
+        sampler.restart()
+        resume(parts.engine)
+        found["resuming"] = max(sampler.peak, sampler.now())
         # One write: ranks share their output, and print writes the end of a line by itself.
         os.write(1, (json.dumps(found) + "\n").encode())
         parts.engine.barrier()
@@ -171,6 +184,14 @@ def save(engine) -> None:
     engine.save_model(str(folder / "model"))
     engine.save_optimizer(str(folder / "optimizer"))
     engine.save_masters(str(folder / "masters"))
+
+
+def resume(engine) -> None:
+    """Read what `save` wrote of the optimizer, as a resumed run does."""
+    folder = Path(os.environ["BENCH_SAVE_DIR"])
+    engine.barrier()
+    engine.load_optimizer(str(folder / "optimizer"))
+    engine.load_masters(str(folder / "masters"))
 
 
 if __name__ == "__main__":

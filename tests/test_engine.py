@@ -367,6 +367,40 @@ def test_the_norm_of_a_chunk(gloo_group, size, is_gathered, theirs_is_low):
     assert (norms[1] < 0.999 * exact) == theirs_is_low
 
 
+def test_master_weights_are_converted_in_their_chunk(gloo_group, monkeypatch):
+    """The float32 copy of a parameter is freed before its chunk has one: else Gemini holds both while it loads."""
+    import torch.distributed as dist
+    from colossalai.zero.gemini.chunk import Chunk, ChunkManager
+
+    cpu_device.install()
+    bug_fixes.convert_into_chunks()
+    held, append = [], Chunk.append_tensor
+
+    def append_and_record(self, tensor):
+        held.append(tensor.data.untyped_storage().nbytes() if self.dtype is torch.float32 else None)
+        append(self, tensor)
+
+    monkeypatch.setattr(Chunk, "append_tensor", append_and_record)
+    manager = ChunkManager({1: {"chunk_size": 600, "keep_gathered": False}})
+    torch.manual_seed(0)
+    # The second one begins new chunks, the third one is larger than others.
+    given = [torch.nn.Parameter(torch.randn(shape).bfloat16()) for shape in ((20, 20), (300,), (30, 30))]
+    masters, exact = [], [param.detach().float() for param in given]
+    for param, values in zip(given, exact, strict=True):
+        manager.register_tensor(param, "fp16_param", 1, dist.group.WORLD)
+        masters.append(param.clone())
+        masters[-1].data = masters[-1].data.float()
+        manager.register_tensor(masters[-1], "fp32_param", 1, dist.group.WORLD)
+        assert torch.equal(masters[-1], values)
+    assert {size for size in held if size is not None} == {4}
+    manager.close_all_groups()
+    assert [manager.get_chunk(master).chunk_size for master in masters] == [600, 600, 900]
+    for master, values in zip(masters, exact, strict=True):
+        chunk = manager.get_chunk(master)
+        place = chunk.tensors_info[master]
+        assert torch.equal(chunk.payload[place.offset : place.end].view(values.shape), values)
+
+
 def test_clipping_of_the_plain_loop_is_exact():
     from colossal_llama2.train.plain_loop import _clip
 

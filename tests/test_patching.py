@@ -15,6 +15,7 @@ from colossal_llama2.engine.patches import (
     checkpoint_io,
     cpu_device,
     document_attention,
+    gathered_states,
     lazy_loading,
     patching,
 )
@@ -109,6 +110,9 @@ def test_every_patch_is_used_and_nothing_else_replaces_attributes():
         bug_fixes.install_for_3d,
         adam_kernels.install,
         batched_operations.install,
+        gathered_states.install_for_zero2,
+        gathered_states.install_for_3d,
+        gathered_states.install_for_gemini,
         lazy_loading.install,
         cpu_device.install,
         lambda: document_attention.install(use_flash_attn=False),

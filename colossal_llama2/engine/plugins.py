@@ -13,7 +13,7 @@ from typing import Any
 from colossal_llama2 import logs, plugin_names
 from colossal_llama2.engine import adam, loss_scale
 from colossal_llama2.engine.llama_policy import llama_policy
-from colossal_llama2.engine.patches import batched_operations, bug_fixes
+from colossal_llama2.engine.patches import batched_operations, bug_fixes, gathered_states
 from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.engine.settings import EngineSettings
 
@@ -174,6 +174,7 @@ class Gemini(Plugin):
 
     def install_fixes(self) -> None:
         bug_fixes.install_for_gemini()
+        gathered_states.install_for_gemini()
 
     def build(self, *, parameters: int, on_cpu: bool) -> Any:
         from colossalai.booster.plugin import GeminiPlugin
@@ -256,6 +257,7 @@ class Zero2(Plugin):
 
     def install_fixes(self) -> None:
         batched_operations.install()
+        gathered_states.install_for_zero2()
 
     def build(self, *, parameters: int, on_cpu: bool) -> Any:
         from colossalai.booster.plugin import LowLevelZeroPlugin
@@ -331,6 +333,7 @@ class Hybrid3D(Plugin):
     def install_fixes(self) -> None:
         bug_fixes.install_for_3d()
         batched_operations.install()
+        gathered_states.install_for_3d()
 
     def build(self, *, parameters: int, on_cpu: bool) -> Any:
         from colossalai.booster.plugin import HybridParallelPlugin

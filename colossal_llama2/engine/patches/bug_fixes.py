@@ -14,6 +14,7 @@ read_tied_by_two_names Gemini: refuses to load tied embeddings that are stored u
 sum_split_biases       3d, --sp_mode split_gather and ring: wrong gradients of the biases of o_proj and down_proj
 unrounded_buffers      every plugin in bf16 or fp16: rotary frequencies are rounded, and with them all positions
 norm_in_blocks         Gemini: the gradient norm of a large chunk is too low on the CPU, and so is clipping
+convert_into_chunks    Gemini: a parameter's float32 copy is made twice, which decides the peak of loading a small model
 """
 
 import contextlib
@@ -40,6 +41,7 @@ def install_for_gemini() -> None:
     """Apply the fixes that replace an attribute of Gemini. May be called again. Raises UserError as `install`."""
     read_tied_by_two_names()
     norm_in_blocks()
+    convert_into_chunks()
 
 
 def install_for_3d() -> None:
@@ -290,6 +292,33 @@ def norm_in_blocks() -> None:
         self.l2_norm = sum_of_squares(values)
 
     patching.install("colossalai.zero.gemini.chunk.chunk:Chunk.set_l2_norm", lambda _: set_l2_norm)
+
+
+def convert_into_chunks() -> None:
+    """Make Gemini convert a parameter to float32 inside the chunk of master weights.
+
+    zero/gemini/gemini_ddp.py:851 makes a float32 copy first, of which the chunk then makes another one. For embeddings,
+    which have a chunk of their own, both are whole on every rank.
+    """
+    import torch
+
+    def converting(register):
+        @functools.wraps(register)
+        def register_and_convert(self, tensor, group_type, *args, **keywords) -> None:
+            if group_type != "fp32_param":
+                register(self, tensor, group_type, *args, **keywords)
+                return
+            # Its half-precision original was registered before it, and is in a chunk too.
+            original, shape = next(reversed(self.tensor_chunk_map)), tensor.shape
+            # One number, as many times as the parameter has numbers: the copy is freed before there is a chunk.
+            tensor.data = torch.zeros(1, dtype=tensor.dtype, device=tensor.device).expand(tensor.numel())
+            register(self, tensor, group_type, *args, **keywords)
+            tensor.data = tensor.data.view(shape)
+            tensor.data.copy_(original.data)
+
+        return register_and_convert
+
+    patching.install("colossalai.zero.gemini.chunk.manager:ChunkManager.register_tensor", converting)
 
 
 def sum_of_squares(values) -> float:

@@ -42,19 +42,28 @@ def write_object(value: Any, path: str | os.PathLike[str]) -> None:
 def alone_in_memory(tensors: dict[str, "torch.Tensor"]) -> dict[str, "torch.Tensor"]:
     """The tensors in the host's memory, each in memory of its own, as safetensors requires.
 
-    A tensor is copied only if it is elsewhere, not contiguous, or shares its memory with others: a copy of each would
+    A tensor is copied only if it is elsewhere, not contiguous, or begins where another one does: a copy of each would
     double the memory that a save needs.
     """
     taken: set[int] = set()
     found = {}
     for name, tensor in tensors.items():
         here = tensor.detach().cpu().contiguous()
-        memory = here.untyped_storage()
-        if memory.nbytes() > here.nbytes or memory.data_ptr() in taken:
+        if here.untyped_storage().nbytes() > here.nbytes:
+            here = _cut_out(here)
+        if here.untyped_storage().data_ptr() in taken:
             here = here.clone()
         taken.add(here.untyped_storage().data_ptr())
         found[name] = here
     return found
+
+
+def _cut_out(part: "torch.Tensor") -> "torch.Tensor":
+    """The same numbers at the same place, without the rest of the memory that `part` is a part of."""
+    import torch
+
+    content = part.reshape(-1).view(torch.uint8).numpy()
+    return torch.from_numpy(content).view(part.dtype).view(part.shape)
 
 
 def read_object(path: str | os.PathLike[str], *, step_as_tensor: bool = False) -> Any:
@@ -128,8 +137,24 @@ def safetensors_instead_of_pickle(*, step_as_tensor: bool = False) -> Iterator[N
         return read_object(path, step_as_tensor=step_as_tensor)
 
     replacements = {"torch:save": save, "torch:load": load, f"{UTILS}:load_flat": load, f"{HYBRID}:load_flat": load}
+    replacements.update(_freeing_shards())
     with _errors_at_the_end() as errors, patching.replaced(replacements):
         yield
+
+
+def _freeing_shards() -> dict[str, Any]:
+    """Let ColossalAI free a file's tensors when they are written.
+
+    checkpoint_io/utils.py:252: a variable of the loop over files still has them while those of the next file are
+    gathered, so that a rank would hold two files.
+    """
+    write = patching.current(f"{UTILS}:save_state_dict")
+
+    def write_and_free(state_dict: dict[Any, Any], *args: Any, **kwargs: Any) -> None:
+        write(state_dict, *args, **kwargs)
+        state_dict.clear()
+
+    return {f"{UTILS}:save_state_dict": write_and_free}
 
 
 @contextlib.contextmanager
@@ -217,6 +242,7 @@ def weights_alone(*, ties_embeddings: bool, saved_name: Callable[[str], str | No
     replacements = {"safetensors.torch:save_file": save_and_sync, f"{UTILS}:StateDictSharder.append_param": append_once}
     for module in ("colossalai.booster.plugin.gemini_plugin", "colossalai.checkpoint_io.general_checkpoint_io", HYBRID):
         replacements[f"{module}:save_config_file"] = lambda *args, **kwargs: None
+    replacements.update(_freeing_shards())
     with _errors_at_the_end() as errors, patching.replaced(replacements):
         yield
 

@@ -93,6 +93,10 @@ def _loop(target: str, upstream: str, mentions: str) -> Patch:
     return Patch(target, "several operations for each parameter, where one for all would do", upstream, mentions)
 
 
+def _states(target: str, upstream: str, mentions: str) -> Patch:
+    return Patch(target, "every rank gathers whole optimizer states, beside copies of them", upstream, mentions)
+
+
 def _adam_kernel(loader: str) -> Patch:
     return Patch(
         f"colossalai.kernel.kernel_loader:{loader}.load",
@@ -205,6 +209,12 @@ _TABLE = (
         "utils.py:155",
         "def append_param",
     ),
+    _checkpoint(
+        "colossalai.checkpoint_io.utils:save_state_dict",
+        "a rank that has written a file holds it while the next one is gathered",
+        "utils.py:255",
+        "shard_pair in enumerate",
+    ),
     _checkpoint(f"{_HYBRID_IO}:save_config_file", _CONFIG, "hybrid_parallel_checkpoint_io.py:287", "save_config_file("),
     _checkpoint(
         "colossalai.checkpoint_io.general_checkpoint_io:save_config_file",
@@ -218,6 +228,14 @@ _TABLE = (
         "booster/plugin/gemini_plugin.py:211",
         "save_config_file(",
     ),
+    # gathered_states.py
+    _states(f"{_ZERO}.state_dict_shard", "zero/low_level/low_level_optim.py:899", "all_gather_into_flat_tensor_nd("),
+    _states(
+        f"{_HYBRID_IO}:HybridParallelCheckpointIO._optimizer_sharder",
+        "checkpoint_io/hybrid_parallel_checkpoint_io.py:1057",
+        "dist.all_gather(",
+    ),
+    _states("colossalai.zero:GeminiOptimizer.state_shard", "zero/gemini/gemini_optimizer.py:536", "all_gather_object("),
     # batched_operations.py
     _loop(f"{_ZERO}._compute_grad_norm", "zero/low_level/low_level_optim.py:672", "grad.data.double().norm(norm_type)"),
     _loop(f"{_ZERO}._unscale_and_clip_grads", "zero/low_level/low_level_optim.py:715", "grad.data.mul_("),
@@ -285,6 +303,12 @@ _TABLE = (
         "the gradient norm of a large chunk is too low on the CPU, and so is clipping",
         "zero/gemini/chunk/chunk.py:261",
         "float().norm(2)",
+    ),
+    Patch(
+        "colossalai.zero.gemini.chunk.manager:ChunkManager.register_tensor",
+        "Gemini: a parameter's float32 copy is made twice",
+        "zero/gemini/gemini_ddp.py:851",
+        "fp32_p.data.float()",
     ),
     Patch(
         "colossalai.legacy.utils.memory:colo_device_memory_capacity",
