@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from colossal_llama2.tables import print_table
-from tests.cluster.hosts import PATH, Cluster, missing
+from tests.cluster import hosts
+from tests.cluster.hosts import PATH, Cluster
 from tests.conftest import ROOT
 
 PORT = 30013
@@ -72,12 +73,17 @@ class Place:
 
 @dataclass(frozen=True)
 class Case:
-    """One broken cluster: how it is broken, and the one line that is expected."""
+    """One broken cluster: how it is broken, and the one line that is expected.
+
+    Attributes:
+        is_quick: whether it belongs to the short selection of tests/cluster/run.sh.
+    """
 
     name: str
     breaks: Callable[[Place], object]
     expected: str
     kind: str = "error"
+    is_quick: bool = False
 
 
 def break_ssh_library(place: Place) -> None:
@@ -133,7 +139,7 @@ DROP = f"ip rule add to 10.201.0.2 ipproto tcp sport {PORT} blackhole"
 DROP_GLOO = "ip rule add ipproto tcp dport 30014-65534 sport 30014-65534 to 10.201.0.0/24 blackhole"
 SLOW = "tc qdisc add dev eth0 root tbf rate 20mbit burst 64kb latency 50ms"
 CASES = (
-    Case("good", lambda p: None, ""),
+    Case("good", lambda p: None, "", is_quick=True),
     Case(
         "good, CRLF and slots", lambda p: write_hostfile(p, "\ufeffnode1 slots=1\r\nnode2\r\n# x\r\n10.201.0.3\r\n"), ""
     ),
@@ -141,7 +147,12 @@ CASES = (
     Case("cable out", lambda p: p.cluster.cut(2), "node2: does not answer within 5 s"),
     Case("no sshd", lambda p: p.cluster.stop_sshd(2), "node2: accepts no connection on ssh's port (.*refused.*)"),
     Case("no sshd here", lambda p: p.cluster.stop_sshd(1), "node1: accepts no .*this host, so", "warning"),
-    Case("key refused", lambda p: p.cluster.authorize(2, False), "node2: refuses this user's key .*ssh-copy-id node2"),
+    Case(
+        "key refused",
+        lambda p: p.cluster.authorize(2, False),
+        "node2: refuses this user's key .*ssh-copy-id node2",
+        is_quick=True,
+    ),
     Case("tcsh", lambda p: p.cluster.set_shell(2, "/usr/bin/tcsh"), "node2: the login shell /usr/bin/tcsh .*chsh"),
     Case(
         "no login",
@@ -261,7 +272,7 @@ def make_place(cluster: Cluster, folder: Path) -> Place:
     return Place(cluster, place, scratch)
 
 
-def run_case(case: Case) -> list[str]:
+def run_case(case: Case, patience: float = 1.0) -> list[str]:
     """Break a new cluster, and ask the doctor. Returns a row of the table; its last cell is empty if all is well."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="doctor-")))
@@ -275,6 +286,7 @@ def run_case(case: Case) -> list[str]:
             [*words, "--nproc_per_node", "1", "--master_port", str(PORT), *place.flags, *FLAGS],
             cwd=place.folder,
             env={"PATH": f"{VENV}:{PATH}", "OMP_NUM_THREADS": "1", **place.variables},
+            timeout=60 * patience,
         )
         seconds = time.monotonic() - begin
         left = sorted(set(map(str, folder.rglob("*"))) - set(before))
@@ -296,9 +308,14 @@ def _wrong(case: Case, done: subprocess.CompletedProcess, lines: list[str]) -> s
     return ""
 
 
+def missing(case: Case) -> str | None:
+    """What a case needs and this machine lacks; None if it can run."""
+    return "needs tcsh" if case.name == "tcsh" and not shutil.which("tcsh") else None
+
+
 def main() -> None:
     """Run the cases whose names contain one of the words, or all."""
-    if reason := missing():
+    if reason := hosts.missing():
         sys.exit(f"doctor_cases: {reason}")
     chosen = [case for case in CASES if not sys.argv[1:] or any(word in case.name for word in sys.argv[1:])]
     rows = []
