@@ -1,12 +1,9 @@
 """The doctor on a good cluster and on broken ones: each fault has to be named by exactly one line.
 
-    python -m tests.cluster.doctor_cases            # all, as the root user; about 2 s each
-    python -m tests.cluster.doctor_cases tcsh key   # those whose names contain one of the words
-
-prints a table of the cases with seconds, exit code and the line, and ends with 1 if one is not as expected.
+bash tests/cluster/run.sh --launcher doctor               # all, about 2 s each
+bash tests/cluster/run.sh --launcher doctor --only tcsh   # those whose names contain this
 """
 
-import concurrent.futures
 import os
 import re
 import shutil
@@ -19,13 +16,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from colossal_llama2.tables import print_table
-from tests.cluster import hosts
 from tests.cluster.hosts import PATH, Cluster
 from tests.conftest import ROOT
 
 PORT = 30013
-AT_ONCE = 2
 # By name or by address, the way users write them.
 HOSTS = ("node1", "node2", "10.201.0.3")
 FLAGS = "train.py --pretrained model --dataset zh=arrow/part-00000 --save_dir runs/first".split()
@@ -273,7 +267,10 @@ def make_place(cluster: Cluster, folder: Path) -> Place:
 
 
 def run_case(case: Case, patience: float = 1.0) -> list[str]:
-    """Break a new cluster, and ask the doctor. Returns a row of the table; its last cell is empty if all is well."""
+    """Break a new cluster, and ask the doctor.
+
+    Returns name, seconds, exit code, the lines of the doctor, and what is not as expected; empty if all is well.
+    """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="doctor-")))
         place = make_place(stack.enter_context(Cluster(len(HOSTS))), folder)
@@ -311,25 +308,3 @@ def _wrong(case: Case, done: subprocess.CompletedProcess, lines: list[str]) -> s
 def missing(case: Case) -> str | None:
     """What a case needs and this machine lacks; None if it can run."""
     return "needs tcsh" if case.name == "tcsh" and not shutil.which("tcsh") else None
-
-
-def main() -> None:
-    """Run the cases whose names contain one of the words, or all."""
-    if reason := hosts.missing():
-        sys.exit(f"doctor_cases: {reason}")
-    chosen = [case for case in CASES if not sys.argv[1:] or any(word in case.name for word in sys.argv[1:])]
-    rows = []
-    # Most of the time is spent in waiting for hosts that do not answer.
-    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
-        for row in pool.map(run_case, chosen):
-            rows.append(row)
-            print(*row, sep=" | ", flush=True)
-    print()
-    print_table([["case", "seconds", "code", "line", "wrong"], *rows], align="lrrll")
-    failed = [row[0] for row in rows if row[-1]]
-    print(f"{len(rows) - len(failed)} of {len(rows)} as expected")
-    sys.exit(1 if failed else 0)
-
-
-if __name__ == "__main__":
-    main()

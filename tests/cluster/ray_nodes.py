@@ -1,7 +1,8 @@
-"""Preparation of data on a Ray cluster of several hosts, of which some are lost: rows of tests/cluster/run.sh.
+"""Preparation of data on a Ray cluster of several hosts, of which some are lost.
 
-    python -m tests.cluster.ray_nodes                # all, as the root user
-    python -m tests.cluster.ray_nodes cable killed   # those whose names contain one of the words
+    bash tests/cluster/run.sh --launcher ray                     # all
+    bash tests/cluster/run.sh --launcher ray --only killed       # those whose names contain this
+    bash tests/cluster/run.sh --launcher ray --ray_defaults      # to measure how soon Ray notices a loss by default
 
 A head and three nodes are started with `ray start`, as a user starts them. Then prepare_pretrain_dataset.py prepares 17
 units of 4 MiB. Something is broken while they are done. Its files are compared, byte for byte, with those of a run
@@ -15,13 +16,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from colossal_llama2 import tables
 from tests import tiny
 from tests.cluster import hosts
 from tests.cluster.hosts import PATH, Cluster
@@ -120,7 +119,7 @@ class RayHosts:
         return [
             number
             for number, words in self.cluster.processes(host).items()
-            if number != self.cluster.process(host) and re.search(r"\bray(::|/|let\b)", " ".join(words))
+            if re.search(r"\bray(let)?\b", " ".join(words)) and "prepare_pretrain" not in " ".join(words)
         ]
 
     def _start(self, host: int, *words: str, cores: int = 1) -> subprocess.Popen:
@@ -444,23 +443,3 @@ def missing() -> str | None:
     if reason := hosts.missing():
         return reason
     return None if (PYTHON.parent / "ray").exists() else "needs Ray (pip install --no-deps -r requirements-ray.txt)"
-
-
-def main() -> None:
-    """Run the rows whose names contain one of the words, or all."""
-    if reason := missing():
-        sys.exit(f"ray_nodes: {reason}")
-    words = [word for word in sys.argv[1:] if word != "--default_settings"]
-    chosen = tuple(row for row in ROWS if not words or any(word in row.name for word in words))
-    with tempfile.TemporaryDirectory(prefix="ray-nodes-") as folder:
-        table = RayTable(Path(folder) / "work", 1.0, default_settings="--default_settings" in sys.argv)
-        rows = []
-        for row in table.run(chosen):
-            rows.append(row)
-            print(*row, sep=" | ", flush=True)
-    tables.print_table([["scenario", "outcome", "seconds", "exit code"], *rows], align="llrr")
-    sys.exit(1 if any(row[1] != "as expected" for row in rows) else 0)
-
-
-if __name__ == "__main__":
-    main()

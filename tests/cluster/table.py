@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from colossal_llama2 import tables
@@ -70,7 +71,8 @@ def parts(args: argparse.Namespace, folder: Path) -> list[Part]:
     if args.launcher in (None, RAY) and not args.quick:
         rows = tuple(row for row in ray_nodes.ROWS if args.only in row.name)
         if rows:
-            found.insert(1, (f"{RAY}: nodes", lambda: _ray_rows(folder / "ray", rows, args.patience)))
+            ray_table = partial(ray_nodes.RayTable, folder / "ray", args.patience, default_settings=args.ray_defaults)
+            found.insert(1, (f"{RAY}: nodes", lambda: _ray_rows(ray_table, rows)))
     if args.launcher in (None, DOCTOR):
         for case in doctor_cases.CASES:
             if args.only in case.name and (case.is_quick or not args.quick):
@@ -85,11 +87,11 @@ def _one_row(function: Callable[..., list[str]], *given: object) -> Callable[[],
     return rows
 
 
-def _ray_rows(folder: Path, rows: tuple[ray_nodes.Row, ...], patience: float) -> Iterator[list[str]]:
+def _ray_rows(make_table: Callable[[], ray_nodes.RayTable], rows: tuple[ray_nodes.Row, ...]) -> Iterator[list[str]]:
     if reason := ray_nodes.missing():
         yield from ([RAY, row.name, f"skipped: {reason}", "", ""] for row in rows)
         return
-    for row in ray_nodes.RayTable(folder, patience).run(rows):
+    for row in make_table().run(rows):
         yield [RAY, *row]
 
 
@@ -126,6 +128,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--patience", type=float, default=1.0, metavar="FACTOR", help="of all limits; for a busy machine"
     )
+    result.add_argument("--ray_defaults", action="store_true", help="let Ray wait for lost hosts as long as by default")
     result.add_argument("--limit", type=float, metavar="SECONDS", help="end with code 1 after this time")
     result.add_argument(
         "--skip_if_missing", action="store_true", help="end with code 0 where this machine can make no hosts"

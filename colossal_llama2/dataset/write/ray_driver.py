@@ -1,6 +1,7 @@
 """The driver of a Ray cluster, in a process of its own: starts tasks, repeats lost ones, and sends back the results.
 
-Ray can repeat a task by itself, but reports neither that nor where a task ran. So Ray is asked for each attempt.
+Ray can repeat a task by itself, but reports neither that nor where a task runs, and waits without end for a worker on
+a host that lost its connection. So Ray is asked for each attempt, and each writes its node into a file.
 """
 
 import contextlib
@@ -19,8 +20,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import colossal_llama2
 from colossal_llama2 import logs
+from colossal_llama2.dataset.layout.store import temporary_beside
 from colossal_llama2.dataset.write.local_workers import JOIN_SECONDS, TASKS_AHEAD, begin_worker
-from colossal_llama2.dataset.write.ray_node import Expected, run_on_node
+from colossal_llama2.dataset.write.ray_node import Expected, claimed_by, run_on_node
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.plurals import counted
 
@@ -38,6 +40,8 @@ LOOK_SECONDS = 2.0
 # How long tasks wait for a node with cores: at first, when a cluster may be growing, and after all nodes were lost.
 FIRST_CORES_SECONDS = 600.0
 LOST_CORES_SECONDS = 60.0
+# After a node was lost, a task that no other node has begun for so long may have been on its way to it.
+DOUBT_SECONDS = 30.0
 MAX_NAMED = 4
 GO_ON = "run the same command again, and it continues where it stopped"
 
@@ -136,12 +140,16 @@ class _Task:
 
     Attributes:
         reference: Ray's name of the attempt.
+        claim: the file in which the attempt names its node.
+        doubtful_since: when a node was lost that may have it.
         lost: how many attempts were lost.
         error: what the task raised; it stays in the list until those before it have ended.
     """
 
     request: Request
     reference: Any = None
+    claim: Path = Path()
+    doubtful_since: float | None = None
     lost: int = 0
     error: Exception | None = None
 
@@ -189,8 +197,13 @@ class _Tasks:
             self._start(task)
 
     def _start(self, task: _Task) -> None:
-        function = task.request.function
-        task.reference = self._remote.options(name=function.__name__).remote(*task.request)
+        function, data, _ = task.request
+        task.claim, task.doubtful_since = temporary_beside(Path(data.cache_dir, f"{data.name}.node")), None
+        task.reference = self._remote.options(name=function.__name__).remote(*task.request, task.claim)
+
+    def _unclaim(self, task: _Task) -> None:
+        with contextlib.suppress(OSError):
+            task.claim.unlink(missing_ok=True)
 
     def _finish(self, task: _Task) -> None:
         """Send the result of a task, remember its error, or start it again if it was lost."""
@@ -199,17 +212,20 @@ class _Tasks:
         except self._ray.exceptions.RayTaskError as error:
             is_expected = isinstance(error.cause, (UserError, RunError, OSError))
             task.error = error.cause if is_expected else RuntimeError(str(error))
+            self._unclaim(task)
         except self._ray.exceptions.RayError as error:
-            self._repeat(task, error)
+            self._repeat(task, " ".join(str(error).split()))
         else:
+            self._unclaim(task)
             self._running.remove(task)
             # Several losses are one warning, so they wait for the next look, if there is one.
             warnings = () if self._running else self._losses()
             self._connection.send(Report(self._nodes.slots, result, node, warnings))
 
-    def _repeat(self, task: _Task, error: Exception) -> None:
+    def _repeat(self, task: _Task, reason: str) -> None:
+        """Start a task again, or give up."""
+        self._unclaim(task)
         task.lost += 1
-        reason = " ".join(str(error).split())
         if task.lost > MAX_RETRIES:
             task.error = RunError(f"Ray has lost {task.request.task.name} {task.lost} times ({reason}); {GO_ON}")
             return
@@ -220,9 +236,29 @@ class _Tasks:
 
     def _look(self) -> None:
         """Look at the nodes, and report what was lost. The command also hears in this way that the driver lives."""
-        nodes = tuple(f"the Ray node {node} is lost" for node in self._nodes.look(bool(self._running)))
+        lost = self._nodes.look(bool(self._running))
+        self._repeat_lost(is_new=bool(lost))
+        nodes = tuple(f"the Ray node {node} is lost" for node in lost)
         self._connection.send(Report(self._nodes.slots, warnings=nodes + self._losses()))
         self._next_look = time.monotonic() + LOOK_SECONDS
+
+    def _repeat_lost(self, *, is_new: bool) -> None:
+        """Repeat the tasks of lost nodes. Those of a killed process end with an error, but others never end."""
+        now = time.monotonic()
+        for task in [task for task in self._running if task.error is None]:
+            if is_new and task.doubtful_since is None:
+                task.doubtful_since = now
+            if task.doubtful_since is None:
+                continue
+            node = claimed_by(task.claim)
+            if node in self._nodes.lost:
+                self._repeat(task, "its node is lost")
+            elif node is not None:
+                task.doubtful_since = None
+            elif now - task.doubtful_since > DOUBT_SECONDS:
+                # It may be waiting for a core, and must not be done twice then.
+                self._ray.cancel(task.reference)
+                self._repeat(task, "no node has begun it")
 
     def _losses(self) -> tuple[str, ...]:
         """A warning about the tasks that were lost since the last one."""
@@ -237,6 +273,7 @@ class _Nodes:
 
     Attributes:
         slots: the number of tasks that the cluster may have at a time: some for each core of the living nodes.
+        lost: the ids of nodes that were lost.
     """
 
     def __init__(self, ray: ModuleType) -> None:
@@ -245,6 +282,7 @@ class _Nodes:
         self._has_had_cores = False
         self._without_cores_since: float | None = None
         self.slots = TASKS_AHEAD
+        self.lost: set[str] = set()
 
     def look(self, is_busy: bool) -> list[str]:
         """Names of the nodes that were lost since the last look. Raises RunError if no node can do a task."""
@@ -258,6 +296,7 @@ class _Nodes:
                 self._alive[node["NodeID"]] = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
                 cores += int(node["Resources"].get("CPU", 0))
             elif node["NodeID"] in self._alive:
+                self.lost.add(node["NodeID"])
                 lost.append(self._alive.pop(node["NodeID"]))
         self.slots = TASKS_AHEAD * max(cores, 1)
         self._check_cores(cores, is_busy)

@@ -40,8 +40,11 @@ def expected_here(cache_dir: str) -> Expected:
     return Expected(tuple((name, _version(name)) for name in PACKAGES), _plan(cache_dir))
 
 
-def run_on_node(function: Callable, task: Any, expected: Expected) -> tuple[str, Any]:
+def run_on_node(function: Callable, task: Any, expected: Expected, claim: Path) -> tuple[str, Any]:
     """The name of this node, and `function(task)`.
+
+    Args:
+        claim: a new file for the id of this node, from which the driver learns where the task is.
 
     Raises:
         RefusedError: other packages are installed here, or the folders are not shared. What is prepared so far stays.
@@ -49,6 +52,7 @@ def run_on_node(function: Callable, task: Any, expected: Expected) -> tuple[str,
     """
     check_node(expected, task.cache_dir)
     try:
+        claim.write_text(_node_id())
         return socket.gethostname(), function(task)
     except OSError as error:
         raise RunError(f"Ray node {socket.gethostname()}: {reason(error)}")
@@ -73,6 +77,20 @@ def check_node(expected: Expected, cache_dir: str) -> None:
                 f"{node}: has {_described(name, _version(name))}, but this machine {_described(name, version)}; "
                 "install requirements.txt again on each node, or start Ray without this node"
             )
+
+
+def claimed_by(claim: Path) -> str | None:
+    """The id of the node that does a task; None if none has begun."""
+    try:
+        return claim.read_text() or None
+    except OSError:
+        return None
+
+
+def _node_id() -> str:
+    import ray
+
+    return ray.get_runtime_context().get_node_id()
 
 
 def _described(name: str, version: str | None) -> str:
