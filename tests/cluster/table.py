@@ -148,6 +148,9 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     started = time.monotonic()
     folder = args.keep or Path(tempfile.mkdtemp(prefix="clusters-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    # What the cells make is removed with it, also after --limit.
+    tempfile.tempdir = str(folder.resolve())
     table = Table()
     if args.limit:
         end_after(args.limit, table, folder)

@@ -29,6 +29,9 @@ from colossal_llama2.plurals import counted
 if TYPE_CHECKING:
     import psutil
 
+# The second is also the time after which a connection ends whose other side does not confirm what was sent. By default
+# it is two minutes, in which no other node gets a task that Ray had offered to a host without connection.
+RAY_VARIABLES = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_grpc_client_keepalive_timeout_ms": "20000"}
 # Independent of where this file is in the package.
 PACKAGE = Path(colossal_llama2.__file__).resolve().parent
 # If a task is lost more often, it kills its workers itself.
@@ -77,7 +80,8 @@ def drive(connection: Connection, address: str | None, num_workers: int) -> None
     silent = os.open(os.devnull, os.O_RDWR)
     for descriptor in (1, 2):
         os.dup2(silent, descriptor)
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    for name, value in RAY_VARIABLES.items():
+        os.environ.setdefault(name, value)
     if address is None:
         # Without a token, Ray runs any code that is sent to its ports.
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
@@ -256,9 +260,9 @@ class _Tasks:
             elif node is not None:
                 task.doubtful_since = None
             elif now - task.doubtful_since > DOUBT_SECONDS:
-                # It may be waiting for a core, and must not be done twice then.
+                # It may also be waiting for a core. Then nothing is lost, and it must not be done twice.
                 self._ray.cancel(task.reference)
-                self._repeat(task, "no node has begun it")
+                self._start(task)
 
     def _losses(self) -> tuple[str, ...]:
         """A warning about the tasks that were lost since the last one."""
