@@ -45,7 +45,7 @@ DEADLINE_SECONDS = 120
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     texts = tiny.english_documents()
-    rows = [{"target": "\n".join(texts[n : n + 3]), "category": f"topic-{n % 3}"} for n in range(3000)]
+    rows = [{"target": "\n".join(texts[n % 1500 : n % 1500 + 3]), "category": f"topic-{n % 3}"} for n in range(3000)]
     folder = tmp_path_factory.mktemp("inputs") / "in"
     write_lines(folder / "large.jsonl", rows[:2990])
     write_lines(folder / "small.jsonl", rows[2990:])
