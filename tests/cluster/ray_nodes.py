@@ -36,6 +36,7 @@ SITE = next(Path(path) for path in sys.path if path.endswith("site-packages"))
 INPUT_BYTES = 64 << 20
 UNITS_BEFORE = 5
 READY_SECONDS = 120.0
+START_ATTEMPTS = 3
 # Ray's defaults notice a host without connection after a minute, and a head after another one.
 RAY_SETTINGS = {
     "RAY_health_check_initial_delay_ms": "1000",
@@ -75,10 +76,20 @@ class RayHosts:
     def start(self, head_cores: int) -> None:
         """Start a head and the other nodes. Raises Wrong if they do not connect."""
         self.head_cores = head_cores
-        self._start(1, "--head", f"--port={PORT}", "--include-dashboard=false", cores=head_cores).wait()
-        others = [self._start(host, f"--address={ADDRESS}") for host in range(2, self.cluster.count + 1)]
-        if any(process.wait() for process in others):
-            raise Wrong(f"ray start failed: {self._log.read_text()[-2000:]}")
+        self._start_hosts({1: ["--head", f"--port={PORT}", "--include-dashboard=false"]}, head_cores)
+        self._start_hosts({host: [f"--address={ADDRESS}"] for host in range(2, self.cluster.count + 1)}, 1)
+
+    def _start_hosts(self, words: dict[int, list[str]], cores: int) -> None:
+        # On a busy machine it may fail: a node has 30 s to register, which no setting changes.
+        for _ in range(START_ATTEMPTS):
+            started = {host: self._start(host, *given, cores=cores) for host, given in words.items()}
+            failed = [host for host, process in started.items() if process.wait()]
+            if not failed:
+                return
+            for host in failed:
+                self.kill_node(host)
+            words = {host: words[host] for host in failed}
+        raise Wrong(f"ray start failed: {self._log.read_text()[-2000:]}")
 
     def stop(self) -> None:
         """Kill all of Ray, on all hosts that live."""
@@ -122,7 +133,7 @@ class RayHosts:
             if re.search(r"\bray(let)?\b", " ".join(words)) and "prepare_pretrain" not in " ".join(words)
         ]
 
-    def _start(self, host: int, *words: str, cores: int = 1) -> subprocess.Popen:
+    def _start(self, host: int, *words: str, cores: int) -> subprocess.Popen:
         given = ["--num-cpus", str(cores), "--object-store-memory", "80000000", "--disable-usage-stats"]
         given += [f"--node-ip-address={Cluster.address(host)}"]
         # Daemons keep the streams that they are given.
@@ -369,7 +380,7 @@ class RayTable:
                 ray.wait_for_nodes(ADDRESS)
             seconds, code = self._follow(row, job)
         except Exception as error:
-            outcome = f"WRONG: {error}"
+            outcome = f"WRONG: {' '.join(str(error or repr(error)).split())[-300:]}"
             text = job.log.read_text(errors="replace") if job.log.exists() else ""
             print(f"--- the end of {job.log.name}:\n{text[-3000:]}\n---", file=sys.stderr, flush=True)
         finally:
