@@ -115,12 +115,12 @@ class RayHosts:
 
     def wait_for_nodes(self, address: str) -> None:
         """Wait until all nodes are registered."""
+        # A node that was killed while it started may be registered for some seconds.
         script = (
-            f"import ray; ray.init('{address}', logging_level='ERROR'); print(sum(n['Alive'] for n in ray.nodes()))"
+            f"import ray, time; ray.init('{address}', logging_level='ERROR')\n"
+            f"while sum(node['Alive'] for node in ray.nodes()) != {self.cluster.count}: time.sleep(0.2)"
         )
-        done = self.cluster.run(1, [PYTHON, "-c", script], cwd="/", env=self._environment, timeout=60 * self.patience)
-        if done.stdout.split()[-1:] != [str(self.cluster.count)]:
-            raise Wrong(f"not all nodes of Ray are there: {done.stdout} {done.stderr[-1000:]}")
+        self.cluster.run(1, [PYTHON, "-c", script], cwd="/", env=self._environment, timeout=60 * self.patience)
 
     @property
     def _log(self) -> Path:
