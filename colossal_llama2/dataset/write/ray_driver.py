@@ -165,6 +165,8 @@ class _Tasks:
         self._ray, self._connection = ray, connection
         self._running: list[_Task] = []
         self._lost: list[str] = []
+        # Whether a task was lost, and no node since.
+        self._is_loss_unexplained = False
         # No retries by Ray, so that each loss is reported.
         self._remote = ray.remote(num_cpus=1, max_retries=0)(run_on_node)
         self._nodes = _Nodes(ray)
@@ -222,13 +224,15 @@ class _Tasks:
         else:
             self._unclaim(task)
             self._running.remove(task)
-            # Several losses are one warning, so they wait for the next look, if there is one.
-            warnings = () if self._running else self._losses()
-            self._connection.send(Report(self._nodes.slots, result, node, warnings))
+            if self._is_loss_unexplained and not self._running:
+                # There may be no other look: the command may have no more tasks.
+                self._look()
+            self._connection.send(Report(self._nodes.slots, result, node))
 
     def _repeat(self, task: _Task, reason: str) -> None:
         """Start a task again, or give up."""
         self._unclaim(task)
+        self._is_loss_unexplained = True
         task.lost += 1
         if task.lost > MAX_RETRIES:
             task.error = RunError(f"Ray has lost {task.request.task.name} {task.lost} times ({reason}); {GO_ON}")
@@ -242,6 +246,7 @@ class _Tasks:
         """Look at the nodes, and report what was lost. The command also hears in this way that the driver lives."""
         lost = self._nodes.look(bool(self._running))
         self._repeat_lost(is_new=bool(lost))
+        self._is_loss_unexplained &= not lost
         nodes = tuple(f"the Ray node {node} is lost" for node in lost)
         self._connection.send(Report(self._nodes.slots, warnings=nodes + self._losses()))
         self._next_look = time.monotonic() + LOOK_SECONDS
