@@ -154,7 +154,6 @@ def test_a_killed_node_s_units_and_bins_are_computed_again(cluster, inputs, toke
     assert all("|" in line for line in err.splitlines()) and "ray" not in out + err, out + err
     for lost in ("unit-", "part-"):
         assert re.search(rf"WARNING: 1 task lost with a worker or node of Ray, done again: {lost}", err), err
-    assert re.search(r"WARNING: the Ray node \S+ \(127\.0\.0\.2\) is lost", err), err
     assert re.search(r"\d+ tasks on 1 Ray node: \S+ \d+", err), err
 
 
@@ -164,6 +163,8 @@ def test_a_bad_row_is_reported_as_on_one_machine(cluster, inputs, tokenizer_dir,
     # Paths are relative to the folder in which the command is started.
     process = start({**keywords, "data_input_dirs": [str(inputs), "bad"]}, tmp_path)
     out, err = process.communicate(timeout=DEADLINE_SECONDS)
+    # Ray may notice only now that the nodes of the test above were killed.
+    err = re.sub(r".* the Ray node .* is lost\n", "", err)
     done = subprocess.CompletedProcess(process.args, process.returncode, out, err)
     assert_user_error(done, "bad/rows.jsonl:9001: ")
     assert not (tmp_path / "out").exists()
