@@ -2,19 +2,26 @@
 
 import contextlib
 import importlib.metadata
+import multiprocessing
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from colossal_llama2.cli import data_flags
+from colossal_llama2.dataset.layout.locks import RefusedError
 from colossal_llama2.dataset.layout.prepare_settings import WorkSizes
-from colossal_llama2.dataset.write import prepare
-from colossal_llama2.errors import UserError
+from colossal_llama2.dataset.write import prepare, ray_driver, ray_node
+from colossal_llama2.dataset.write.tokenize_unit import Progress
+from colossal_llama2.errors import RunError, UserError
 from tests import tiny
 from tests.conftest import ROOT
 from tests.preparing import contents, flags, settings, write_lines
@@ -38,10 +45,10 @@ DEADLINE_SECONDS = 120
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     texts = tiny.english_documents()
-    rows = [{"target": "\n".join(texts[n : n + 3]), "category": f"topic-{n % 3}"} for n in range(1500)]
+    rows = [{"target": "\n".join(texts[n % 1500 : n % 1500 + 3]), "category": f"topic-{n % 3}"} for n in range(3000)]
     folder = tmp_path_factory.mktemp("inputs") / "in"
-    write_lines(folder / "large.jsonl", rows[:1490])
-    write_lines(folder / "small.jsonl", rows[1490:])
+    write_lines(folder / "large.jsonl", rows[:2990])
+    write_lines(folder / "small.jsonl", rows[2990:])
     return folder
 
 
@@ -69,7 +76,7 @@ def node_options() -> dict:
 
 
 def options(inputs, tokenizer_dir, output, **others) -> dict:
-    keywords = settings([inputs], tokenizer_dir, output, max_length=256, bins=8, eval_fraction=0.2, **others)
+    keywords = settings([inputs], tokenizer_dir, output, max_length=256, bins=4, eval_fraction=0.2, **others)
     del keywords["num_workers"]
     return keywords
 
@@ -110,8 +117,8 @@ def workers_at(title: str, parent: psutil.Process) -> list:
     return workers
 
 
-def kill_node_at(title: str, node, cluster, process: subprocess.Popen) -> None:
-    """Kill a node whose worker is writing a task's files; it is stopped first, so that the task cannot end before."""
+def stop_worker_at(title: str, node, process: subprocess.Popen) -> psutil.Process:
+    """Stop a node's worker that is writing a task's files, so that the task cannot end. Returns the raylet."""
     raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
 
     def stopped():
@@ -122,7 +129,12 @@ def kill_node_at(title: str, node, cluster, process: subprocess.Popen) -> None:
             worker.resume()
 
     found(stopped, process)
-    workers = raylet.children(recursive=True)
+    return raylet
+
+
+def kill_node_at(title: str, node, cluster, process: subprocess.Popen) -> None:
+    """Kill a node whose worker is writing a task's files."""
+    workers = stop_worker_at(title, node, process).children(recursive=True)
     cluster.remove_node(node, allow_graceful=False)
     # As on a machine that is gone: workers otherwise end by themselves, but a stopped one cannot.
     for worker in workers:
@@ -140,6 +152,9 @@ def test_a_killed_node_s_units_and_bins_are_computed_again(cluster, inputs, toke
     assert process.returncode == 0, err
     assert contents(tmp_path / "ray") == of_local
     assert all("|" in line for line in err.splitlines()) and "ray" not in out + err, out + err
+    for lost in ("unit-", "part-"):
+        assert re.search(rf"WARNING: 1 task lost with a worker or node of Ray, done again: {lost}", err), err
+    assert re.search(r"\d+ tasks on 1 Ray node: \S+ \d+", err), err
 
 
 def test_a_bad_row_is_reported_as_on_one_machine(cluster, inputs, tokenizer_dir, tmp_path, assert_user_error):
@@ -148,6 +163,8 @@ def test_a_bad_row_is_reported_as_on_one_machine(cluster, inputs, tokenizer_dir,
     # Paths are relative to the folder in which the command is started.
     process = start({**keywords, "data_input_dirs": [str(inputs), "bad"]}, tmp_path)
     out, err = process.communicate(timeout=DEADLINE_SECONDS)
+    # Ray may notice only now that the nodes of the test above were killed.
+    err = re.sub(r".* the Ray node .* is lost\n", "", err)
     done = subprocess.CompletedProcess(process.args, process.returncode, out, err)
     assert_user_error(done, "bad/rows.jsonl:9001: ")
     assert not (tmp_path / "out").exists()
@@ -233,3 +250,93 @@ def test_mistakes_with_ray_are_one_line(inputs, tokenizer_dir, tmp_path, monkeyp
         with pytest.raises(SystemExit):
             data_flags.prepare_sft_parser().parse_args(["--ray_address", address])
         assert "HOST:PORT such as 10.0.0.1:6379, or auto allowed" in capsys.readouterr().err
+
+
+def test_a_node_that_is_not_like_the_others_is_refused_by_name(tmp_path, monkeypatch):
+    """Both refusals keep what is prepared so far."""
+    (tmp_path / "plan.json").write_text("{}")
+    expected = ray_node.expected_here(str(tmp_path))
+    ray_node.check_node(expected, str(tmp_path))
+    monkeypatch.setattr(ray_node, "SHARED_SECONDS", 0)
+    with pytest.raises(RefusedError, match=rf"Ray node {socket.gethostname()}: does not see the files in .*/other;"):
+        ray_node.check_node(expected, str(tmp_path / "other"))
+    ray_node.check_node.cache_clear()
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.0" if name == "numpy" else version(name))
+    with pytest.raises(RefusedError, match=rf"has numpy 1\.0, but this machine numpy {version('numpy')}; install"):
+        ray_node.check_node(expected, str(tmp_path))
+
+
+def test_an_error_of_a_node_s_system_names_the_node(tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_node, "_node_id", lambda: "1")
+    expected = ray_node.expected_here(str(tmp_path))
+
+    def read(task):
+        return (tmp_path / "input").read_bytes()
+
+    with pytest.raises(RunError, match=rf"Ray node {socket.gethostname()}: .*/input: No such file"):
+        ray_node.run_on_node(read, SimpleNamespace(cache_dir=str(tmp_path)), expected, tmp_path / "claim")
+
+
+def test_units_that_were_written_elsewhere_are_an_error(inputs, tokenizer_dir, tmp_path, monkeypatch):
+    """A node has another folder at the path of the cache."""
+    monkeypatch.setattr(prepare, "do_unit", lambda task: Progress(task.unit.size, 0, 0))
+    with pytest.raises(RunError, match=r"\d+ units of \d+, such as unit-0+, cannot be seen in .*/cache after they"):
+        prepare.prepare_pretrain(**options(inputs, tokenizer_dir, tmp_path), num_workers=1, sizes=SMALL_UNITS)
+
+
+def test_without_a_core_the_command_ends(monkeypatch):
+    """After all nodes were lost; a cluster that has had none yet may be growing."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def node(alive: bool) -> dict:
+        names = {"NodeID": "1", "NodeManagerHostname": "node1", "NodeManagerAddress": "10.0.0.1"}
+        return {**names, "Alive": alive, "Resources": {"CPU": 4.0} if alive else {}}
+
+    found: list[dict] = []
+    nodes = ray_driver._Nodes(SimpleNamespace(nodes=lambda: found))
+    assert nodes.look(True) == []
+    now[0] = 599
+    assert nodes.look(True) == []
+    found[:] = [node(True)]
+    assert (nodes.look(True), nodes.slots) == ([], 8)
+    found[:] = [node(False)]
+    assert nodes.look(True) == ["node1 (10.0.0.1)"]
+    now[0] += 59
+    assert nodes.look(True) == []
+    now[0] += 2
+    with pytest.raises(RunError, match=r"no node with a core for 60 s; start nodes, and run the same command again"):
+        nodes.look(True)
+
+
+def test_the_tasks_of_a_node_that_does_not_answer_are_done_again(tmp_path, monkeypatch):
+    """Ray waits for them without end. tests/cluster/run.sh cuts a real node off; this is the decision alone."""
+    names = {"NodeID": "1", "NodeManagerHostname": "node1", "NodeManagerAddress": "10.0.0.1", "Resources": {"CPU": 1.0}}
+    nodes = [{**names, "Alive": True}, {**names, "NodeID": "2", "NodeManagerHostname": "node2", "Alive": True}]
+    claims: list[Path] = []
+    remote = SimpleNamespace(options=lambda name: SimpleNamespace(remote=lambda *given: claims.append(given[3])))
+    ray = SimpleNamespace(
+        nodes=lambda: nodes, remote=lambda **given: lambda function: remote, cancel=lambda given: None
+    )
+    ours, theirs = multiprocessing.Pipe()
+    tasks = ray_driver._Tasks(ray, theirs)
+    for number in range(3):
+        data = SimpleNamespace(name=f"unit-{number}", cache_dir=str(tmp_path))
+        ours.send(ray_driver.Request(len, data, ray_node.Expected((), None)))
+    tasks._accept()
+    claims[0].write_text("1")
+    claims[1].write_text("2")
+
+    def warnings() -> tuple[str, ...]:
+        tasks._look()
+        return ours.recv().warnings
+
+    assert (warnings(), len(claims)) == ((), 3)
+    nodes[1]["Alive"] = False
+    lost = "1 task lost with a worker or node of Ray, done again: unit-1"
+    assert (warnings(), len(claims)) == (("the Ray node node2 (10.0.0.1) is lost", lost), 4)
+    # The third may have been on its way to that node, since no other has begun it.
+    assert (warnings(), len(claims)) == ((), 4)
+    monkeypatch.setattr(ray_driver, "DOUBT_SECONDS", 0)
+    assert (warnings(), len(claims)) == ((), 5)

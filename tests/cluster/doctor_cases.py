@@ -1,12 +1,9 @@
 """The doctor on a good cluster and on broken ones: each fault has to be named by exactly one line.
 
-    python -m tests.cluster.doctor_cases            # all, as the root user; about 2 s each
-    python -m tests.cluster.doctor_cases tcsh key   # those whose names contain one of the words
-
-prints a table of the cases with seconds, exit code and the line, and ends with 1 if one is not as expected.
+bash tests/cluster/run.sh --launcher doctor               # all, about 2 s each
+bash tests/cluster/run.sh --launcher doctor --only tcsh   # those whose names contain this
 """
 
-import concurrent.futures
 import os
 import re
 import shutil
@@ -19,12 +16,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from colossal_llama2.tables import print_table
-from tests.cluster.hosts import PATH, Cluster, missing
+from tests.cluster.hosts import PATH, Cluster
 from tests.conftest import ROOT
 
 PORT = 30013
-AT_ONCE = 2
 # By name or by address, the way users write them.
 HOSTS = ("node1", "node2", "10.201.0.3")
 FLAGS = "train.py --pretrained model --dataset zh=arrow/part-00000 --save_dir runs/first".split()
@@ -72,12 +67,17 @@ class Place:
 
 @dataclass(frozen=True)
 class Case:
-    """One broken cluster: how it is broken, and the one line that is expected."""
+    """One broken cluster: how it is broken, and the one line that is expected.
+
+    Attributes:
+        is_quick: whether it belongs to the short selection of tests/cluster/run.sh.
+    """
 
     name: str
     breaks: Callable[[Place], object]
     expected: str
     kind: str = "error"
+    is_quick: bool = False
 
 
 def break_ssh_library(place: Place) -> None:
@@ -133,7 +133,7 @@ DROP = f"ip rule add to 10.201.0.2 ipproto tcp sport {PORT} blackhole"
 DROP_GLOO = "ip rule add ipproto tcp dport 30014-65534 sport 30014-65534 to 10.201.0.0/24 blackhole"
 SLOW = "tc qdisc add dev eth0 root tbf rate 20mbit burst 64kb latency 50ms"
 CASES = (
-    Case("good", lambda p: None, ""),
+    Case("good", lambda p: None, "", is_quick=True),
     Case(
         "good, CRLF and slots", lambda p: write_hostfile(p, "\ufeffnode1 slots=1\r\nnode2\r\n# x\r\n10.201.0.3\r\n"), ""
     ),
@@ -141,7 +141,12 @@ CASES = (
     Case("cable out", lambda p: p.cluster.cut(2), "node2: does not answer within 5 s"),
     Case("no sshd", lambda p: p.cluster.stop_sshd(2), "node2: accepts no connection on ssh's port (.*refused.*)"),
     Case("no sshd here", lambda p: p.cluster.stop_sshd(1), "node1: accepts no .*this host, so", "warning"),
-    Case("key refused", lambda p: p.cluster.authorize(2, False), "node2: refuses this user's key .*ssh-copy-id node2"),
+    Case(
+        "key refused",
+        lambda p: p.cluster.authorize(2, False),
+        "node2: refuses this user's key .*ssh-copy-id node2",
+        is_quick=True,
+    ),
     Case("tcsh", lambda p: p.cluster.set_shell(2, "/usr/bin/tcsh"), "node2: the login shell /usr/bin/tcsh .*chsh"),
     Case(
         "no login",
@@ -261,8 +266,11 @@ def make_place(cluster: Cluster, folder: Path) -> Place:
     return Place(cluster, place, scratch)
 
 
-def run_case(case: Case) -> list[str]:
-    """Break a new cluster, and ask the doctor. Returns a row of the table; its last cell is empty if all is well."""
+def run_case(case: Case, patience: float = 1.0) -> list[str]:
+    """Break a new cluster, and ask the doctor.
+
+    Returns name, seconds, exit code, the lines of the doctor, and what is not as expected; empty if all is well.
+    """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="doctor-")))
         place = make_place(stack.enter_context(Cluster(len(HOSTS))), folder)
@@ -275,6 +283,7 @@ def run_case(case: Case) -> list[str]:
             [*words, "--nproc_per_node", "1", "--master_port", str(PORT), *place.flags, *FLAGS],
             cwd=place.folder,
             env={"PATH": f"{VENV}:{PATH}", "OMP_NUM_THREADS": "1", **place.variables},
+            timeout=60 * patience,
         )
         seconds = time.monotonic() - begin
         left = sorted(set(map(str, folder.rglob("*"))) - set(before))
@@ -296,23 +305,6 @@ def _wrong(case: Case, done: subprocess.CompletedProcess, lines: list[str]) -> s
     return ""
 
 
-def main() -> None:
-    """Run the cases whose names contain one of the words, or all."""
-    if reason := missing():
-        sys.exit(f"doctor_cases: {reason}")
-    chosen = [case for case in CASES if not sys.argv[1:] or any(word in case.name for word in sys.argv[1:])]
-    rows = []
-    # Most of the time is spent in waiting for hosts that do not answer.
-    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
-        for row in pool.map(run_case, chosen):
-            rows.append(row)
-            print(*row, sep=" | ", flush=True)
-    print()
-    print_table([["case", "seconds", "code", "line", "wrong"], *rows], align="lrrll")
-    failed = [row[0] for row in rows if row[-1]]
-    print(f"{len(rows) - len(failed)} of {len(rows)} as expected")
-    sys.exit(1 if failed else 0)
-
-
-if __name__ == "__main__":
-    main()
+def missing(case: Case) -> str | None:
+    """What a case needs and this machine lacks; None if it can run."""
+    return "needs tcsh" if case.name == "tcsh" and not shutil.which("tcsh") else None

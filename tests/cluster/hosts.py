@@ -73,7 +73,8 @@ def missing() -> str | None:
     absent = [package for tool, package in TOOLS.items() if shutil.which(tool, path=PATH) is None]
     if absent:
         return f"needs {', '.join(absent)} (apt-get install {' '.join(absent)})"
-    attempt = subprocess.run(["unshare", "--net", "--mount", "ip", "link", "add", "probe", "type", "veth"])
+    probe = ["unshare", "--net", "--mount", "ip", "link", "add", "probe", "type", "veth"]
+    attempt = subprocess.run(probe, stderr=subprocess.DEVNULL)
     return None if attempt.returncode == 0 else "this machine allows no new network namespaces"
 
 
@@ -213,17 +214,23 @@ class Cluster:
         """End the host and all of its processes at once, as a power failure does."""
         os.kill(self.process(host), signal.SIGKILL)
 
-    def ranks(self, host: int) -> list[int]:
-        """Numbers of the processes of train.py on a host, as this machine counts, without what they have started."""
-        found = []
+    def processes(self, host: int) -> dict[int, list[str]]:
+        """The processes of a host, by number as this machine counts, with the words of their command lines."""
+        found = {}
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
-                if not entry.name.isdecimal() or os.readlink(entry / "ns" / "pid") != self._processes_of(host):
-                    continue
-                words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                if "python" in words[0] and "train.py" in (words[1], words[2]):
-                    found.append(int(entry.name))
-        return sorted(found)
+                if entry.name.isdecimal() and os.readlink(entry / "ns" / "pid") == self._processes_of(host):
+                    words = (entry / "cmdline").read_bytes().decode(errors="replace")
+                    found[int(entry.name)] = words.rstrip("\0").split("\0")
+        return found
+
+    def ranks(self, host: int) -> list[int]:
+        """Numbers of the processes of train.py on a host, as this machine counts, without what they have started."""
+        return sorted(
+            number
+            for number, words in self.processes(host).items()
+            if "python" in words[0] and "train.py" in words[1:3]
+        )
 
     def _processes_of(self, host: int) -> str:
         """What all processes of a host have in common."""

@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# Start, break and resume runs on pretended hosts, with each launcher, and print a table of what happened:
+# Start, break and resume runs on pretended hosts, with each launcher; prepare data on a Ray cluster that loses nodes;
+# let the doctor find faults. Prints a table of what happened:
 #
-#   bash tests/cluster/run.sh [--launcher colossalai|torchrun|slurm] [--only WORD] [--keep DIR] [--patience FACTOR]
+#   bash tests/cluster/run.sh [--launcher colossalai|torchrun|slurm|ray|doctor] [--only WORD] [--quick] [--at_once N]
+#                             [--keep DIR] [--patience FACTOR] [--limit SECONDS] [--skip_if_missing]
 #
-# It takes half an hour on two busy cores, less on idle ones, and prints each cell when it is done. It ends with code 1
-# if a cell is not as expected. It needs root, iproute2 and openssh-server; with slurm-wlm and munge also Slurm is
-# tested, and with tcsh its login shell. It installs nothing.
+# It takes about a quarter of an hour on two idle cores, --quick three minutes, and prints each cell when it is done. It
+# ends with code 1 if a cell is not as expected. It needs root, iproute2 and openssh-server; with slurm-wlm and munge
+# also Slurm is tested, with tcsh its login shell, and with requirements-ray.txt Ray. It installs nothing. --quick has the
+# cells whose outcome does not depend on the speed of the machine: each launcher trains, loses a host, gets SIGTERM.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
@@ -18,4 +21,4 @@ if [[ ! -x $python ]]; then
     echo "$0: error: no .venv here; make it with bash run_tests.sh" >&2
     exit 2
 fi
-exec "$python" -m tests.cluster.scenarios "$@"
+exec "$python" -m tests.cluster.table "$@"

@@ -1,11 +1,10 @@
-"""Launchers and what can happen to them on several hosts, as a table of outcomes: tests/cluster/run.sh.
+"""Launchers and what can happen to them on several hosts: the cells that `table` runs.
 
 Each scenario is a new cluster, on which `bash train.sh` is started as a user starts it. Something is broken before or
 during the run. It is measured how long the command takes from then on, and compared how it ends: exit code, the line
 that names host and cause, and what is left behind. Final weights are compared with those of the undisturbed run.
 """
 
-import argparse
 import hashlib
 import os
 import re
@@ -13,20 +12,17 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from colossal_llama2 import tables
-from tests.cluster import hosts
 from tests.cluster.hosts import Cluster
 from tests.cluster.slurm import CGROUP, LINUXPROC, Slurm
 from tests.cluster.slurm import missing as missing_of_slurm
-from tests.cluster.workplace import FLAGS, make_workplace, variables
+from tests.cluster.workplace import FLAGS, variables
 
 COLOSSALAI, TORCHRUN, SLURM = "colossalai", "torchrun", "slurm"
 BOTH, ALL = (COLOSSALAI, TORCHRUN), (COLOSSALAI, TORCHRUN, SLURM)
@@ -53,6 +49,7 @@ class Job:
         log: the file of its output.
         patience: factor of all limits, for a machine that has other work.
         slurm: Slurm on the hosts, if the launcher is slurm.
+        nodes: on how many of the hosts Slurm runs the job.
         by_hand: with Slurm, train.sh within salloc, instead of sbatch.
     """
 
@@ -63,7 +60,7 @@ class Job:
     more: dict[str, str] = field(default_factory=dict)
     words: list[str] = field(default_factory=list)
     slurm: Slurm | None = None
-    number: str = ""
+    nodes: int = 2
     process: subprocess.Popen | None = None
     patience: float = 1.0
     by_hand: bool = False
@@ -75,7 +72,7 @@ class Job:
         if self.slurm is not None:
             del given["NPROC_PER_NODE"], given["LAUNCHER"]
             given |= self.slurm.environment | {"VIRTUAL_ENV": str(ENVIRONMENT)}
-            options = f"--nodes={min(self.cluster.count, 2)} --ntasks-per-node=1 --gpus-per-node=0 --cpus-per-task=1"
+            options = f"--nodes={self.nodes} --ntasks-per-node=1 --gpus-per-node=0 --cpus-per-task=1"
             if self.by_hand:
                 given |= {"LAUNCHER": SLURM, "NPROC_PER_NODE": "1"}
                 command = ["salloc", *options.split(), *command]
@@ -146,9 +143,11 @@ class Scenario:
         during: breaks something after the first checkpoint; None for a run that is left alone.
         after: what is done and compared when the command has ended.
         hosts: how many there are.
+        spare: how many of them Slurm does not use at first.
         seconds: how long the command may take, from the start, or from `during` on.
         proctrack: how Slurm finds the processes of a job.
         same_weights: whether the final model is that of the undisturbed run.
+        is_quick: whether it belongs to the short selection, which is the same on a slow machine.
     """
 
     name: str
@@ -159,9 +158,11 @@ class Scenario:
     during: Callable[[Job], None] | None = None
     after: Callable[[Job], None] = lambda job: None
     hosts: int = 2
+    spare: int = 0
     seconds: float = LIMIT_SECONDS
     proctrack: str = LINUXPROC
     same_weights: bool = False
+    is_quick: bool = False
 
 
 def write_hostfile(job: Job, *lines: str) -> None:
@@ -252,8 +253,8 @@ def kill_second_rank(job: Job) -> None:
 
 SAVED = r"stopped: {} after step \d+, which is saved"
 SCENARIOS = (
-    Scenario("trains", 0, "Done: 96 steps", ALL, seconds=RUN_SECONDS, same_weights=True),
-    Scenario("trains on 4 hosts", 0, "Done: 48 steps", (TORCHRUN,), hosts=4, seconds=RUN_SECONDS),
+    Scenario("trains", 0, "Done: 96 steps", ALL, seconds=RUN_SECONDS, same_weights=True, is_quick=True),
+    Scenario("trains on 4 hosts", 0, "Done: 48 steps", ALL, hosts=4, seconds=RUN_SECONDS),
     Scenario(
         "addresses only, CRLF, slots",
         0,
@@ -323,7 +324,7 @@ SCENARIOS = (
     Scenario(
         "cable out", 1, "error: rank 1 on node2 died", during=lambda job: job.cluster.cut(2), after=one_host_continues
     ),
-    Scenario("host off", 1, "error: rank 1 on node2 died", during=lambda job: job.cluster.kill(2)),
+    Scenario("host off", 1, "error: rank 1 on node2 died", during=lambda job: job.cluster.kill(2), is_quick=True),
     Scenario(
         "train.sh killed",
         137,
@@ -339,6 +340,7 @@ SCENARIOS = (
         ALL,
         during=lambda job: job.signal_launch(signal.SIGTERM),
         after=nothing_remains,
+        is_quick=True,
     ),
     Scenario(
         "SIGINT",
@@ -372,6 +374,7 @@ SCENARIOS = (
         "Done: 96 steps",
         (SLURM,),
         hosts=3,
+        spare=1,
         during=lambda job: job.cluster.kill(2),
         seconds=RUN_SECONDS,
         same_weights=True,
@@ -389,47 +392,49 @@ SCENARIOS = (
 )
 
 
-class Table:
-    """Runs scenarios and collects a row for each.
+class Cells:
+    """Runs cells of the table, from any thread.
 
     Args:
-        folder: for the workplace and the logs.
+        folder: for the logs.
+        workplace: what each cell gets a copy of.
         patience: factor of all limits.
     """
 
-    def __init__(self, folder: Path, patience: float) -> None:
-        self._folder, self._patience = folder, patience
-        self._work = make_workplace(folder / "work")
-        self._undisturbed: str | None = None
-        self.rows: list[list[str]] = [["launcher", "scenario", "outcome", "seconds", "exit code"]]
-        self.failures = 0
+    def __init__(self, folder: Path, workplace: Path, patience: float) -> None:
+        self._folder, self._workplace, self._patience = folder, workplace, patience
+        # The weights of the undisturbed run, which is begun first.
+        self._undisturbed: Future[str] = Future()
 
-    def add(self, launcher: str, scenario: Scenario) -> None:
-        """Run a scenario, and add its row."""
+    def run(self, launcher: str, scenario: Scenario) -> list[str]:
+        """Run a scenario. Returns its row: launcher, scenario, outcome, seconds and exit code."""
+        if reason := missing(launcher, scenario):
+            return [launcher, scenario.name, f"skipped: {reason}", "", ""]
         name = f"{launcher}-{re.sub(r'[^a-zA-Z0-9]+', '-', scenario.name)}"
-        log = self._folder / f"{name}.log"
-        shutil.rmtree(self._work / "runs", ignore_errors=True)
+        folder = self._folder / f"{name}-work"
+        shutil.copytree(self._workplace, folder, symlinks=True)
         outcome, seconds, code = "as expected", 0.0, ""
         slurm: Slurm | None = None
+        started = time.monotonic()
         with Cluster(scenario.hosts) as cluster:
-            job = Job(launcher, cluster, self._work, log, patience=self._patience)
-            started = time.monotonic()
+            log = self._folder / f"{name}.log"
+            job = Job(launcher, cluster, folder, log, patience=self._patience, nodes=scenario.hosts - scenario.spare)
             try:
                 if launcher == SLURM:
                     job.slurm = slurm = Slurm(cluster, self._folder / f"{name}-slurm", scenario.proctrack)
-                seconds, code = self._run(scenario, job)
+                seconds, code = self._follow(scenario, job)
             except Exception as error:
-                outcome, seconds = f"WRONG: {error}", seconds or time.monotonic() - started
-                self.failures += 1
-                if not isinstance(error, Wrong):
-                    traceback.print_exc()
+                outcome, seconds = f"WRONG: {error or repr(error)}", seconds or time.monotonic() - started
                 print(f"--- the end of {log.name}:\n{job.text()[-3000:]}\n---", file=sys.stderr, flush=True)
+            finally:
+                if (launcher, scenario) == first_cell() and not self._undisturbed.done():
+                    self._undisturbed.set_exception(Wrong("there is no undisturbed run to compare with"))
         if slurm is not None:
             slurm.close()
-        self.rows.append([launcher, scenario.name, outcome, f"{seconds:.1f}", code])
-        print(" | ".join(self.rows[-1]), flush=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        return [launcher, scenario.name, outcome, f"{seconds:.1f}", code]
 
-    def _run(self, scenario: Scenario, job: Job) -> tuple[float, str]:
+    def _follow(self, scenario: Scenario, job: Job) -> tuple[float, str]:
         write_hostfile(job, *(job.cluster.name(i) for i in range(1, job.cluster.count + 1)))
         scenario.before(job)
         started = time.monotonic()
@@ -446,57 +451,35 @@ class Table:
             raise Wrong(f"no line {scenario.line!r}")
         scenario.after(job)
         if scenario.same_weights:
-            self._compare(job)
+            self._compare(job, is_first=(job.launcher, scenario) == first_cell())
         return seconds, str(code)
 
-    def _compare(self, job: Job) -> None:
+    def _compare(self, job: Job, *, is_first: bool) -> None:
         weights = job.weights()
-        if self._undisturbed is None:
-            self._undisturbed = weights
-        elif weights != self._undisturbed:
+        if is_first:
+            self._undisturbed.set_result(weights)
+        elif weights != self._undisturbed.result(timeout=RUN_SECONDS * self._patience):
             raise Wrong("other weights than those of the undisturbed run")
 
 
-def chosen(launcher: str | None, word: str) -> list[tuple[str, Scenario]]:
+def missing(launcher: str, scenario: Scenario) -> str | None:
+    """What a cell needs and this machine lacks; None if it can run."""
+    if launcher == SLURM and (reason := missing_of_slurm(scenario.proctrack)):
+        return reason
+    return "needs tcsh" if "tcsh" in scenario.name and not shutil.which("tcsh") else None
+
+
+def first_cell() -> tuple[str, Scenario]:
+    """The undisturbed run."""
+    return SCENARIOS[0].launchers[0], SCENARIOS[0]
+
+
+def chosen(launcher: str | None, word: str, *, quick: bool) -> list[tuple[str, Scenario]]:
     """The cells of the table. The first is the undisturbed run, if others are compared with it."""
     cells = [(name, scenario) for scenario in SCENARIOS for name in scenario.launchers]
     found = [cell for cell in cells if (launcher or cell[0]) == cell[0] and word in cell[1].name]
+    if quick:
+        found = [cell for cell in found if cell[1].is_quick]
     if cells[0] not in found and any(scenario.same_weights for _, scenario in found):
         found.insert(0, cells[0])
     return found
-
-
-def main() -> None:
-    """Run the scenarios, print the table, and end with 1 if a cell is not as expected."""
-    parser = argparse.ArgumentParser(prog="tests/cluster/run.sh", description=__doc__.splitlines()[0])
-    parser.add_argument("--launcher", choices=ALL, help="only this one")
-    parser.add_argument("--only", default="", metavar="WORD", help="only scenarios whose names have this word")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="new folder for the logs (default: removed)")
-    parser.add_argument(
-        "--patience", type=float, default=1.0, metavar="FACTOR", help="of all limits; for a busy machine"
-    )
-    args = parser.parse_args()
-    if reason := hosts.missing():
-        parser.error(reason)
-    # A shell that starts this in the background makes it ignore SIGINT, and so all that it starts.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    started = time.monotonic()
-    folder = args.keep or Path(tempfile.mkdtemp(prefix="clusters-"))
-    table = Table(folder, args.patience)
-    for launcher, scenario in chosen(args.launcher, args.only):
-        if launcher == SLURM and (reason := missing_of_slurm(scenario.proctrack)):
-            table.rows.append([launcher, scenario.name, f"skipped: {reason}", "", ""])
-        elif "tcsh" in scenario.name and not shutil.which("tcsh"):
-            table.rows.append([launcher, scenario.name, "skipped: needs tcsh", "", ""])
-        else:
-            table.add(launcher, scenario)
-    print()
-    tables.print_table(table.rows, align="lllrr")
-    print(f"{len(table.rows) - 1} cells, {table.failures} not as expected, {time.monotonic() - started:.0f} s")
-    if args.keep is None:
-        shutil.rmtree(folder)
-    sys.exit(1 if table.failures else 0)
-
-
-if __name__ == "__main__":
-    main()

@@ -93,6 +93,11 @@ class BinTask(NamedTuple):
     categories: list[str]
     sources: list[str]
 
+    @property
+    def name(self) -> str:
+        """How messages name it."""
+        return self.settings.bin_name(self.number)
+
 
 def members_file(cache_dir: str, name: str) -> Path:
     """The file with the members of a bin, which `assign_bins` writes."""

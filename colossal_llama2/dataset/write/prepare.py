@@ -45,7 +45,7 @@ from colossal_llama2.dataset.write.unknown_tokens import warn_of_unknown
 from colossal_llama2.encoding.encoder import Encoder
 from colossal_llama2.encoding.file_names import TEMPLATE_FILE
 from colossal_llama2.encoding.registry import kind_of, load_encoder, puts_prefix_after_marks, shared_encoder
-from colossal_llama2.errors import UserError
+from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.plurals import counted
 
 
@@ -181,6 +181,11 @@ class _Run:
             encoder, self.sample = choose_encoder(self.tokenizer_dir, self.files, self.settings)
             self._do_units(encoder)
             missing = [unit for unit in self.units if not is_done(self.folders.cache, unit)]
+            if missing and not self.execution.shard:
+                raise RunError(
+                    f"{counted(len(missing), 'unit')} of {len(self.units):,}, such as {missing[0].name}, cannot be "
+                    f"seen in {self.folders.cache} after they were done; let all machines share this folder"
+                )
             if missing:
                 logs.get_logger().info(f"this share is done; other shares lack {counted(len(missing), 'unit')}")
                 return

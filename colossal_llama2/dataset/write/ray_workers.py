@@ -1,74 +1,66 @@
 """Run tasks on a Ray cluster: the same tasks that `local_workers` runs on this machine.
 
-Ray runs in a separate driver process, to which the command sends tasks. So Ray's messages stay out of the log, it does
-not replace signal handlers, and if it exits, as it does without its head node, the command can report that.
+Ray runs in a separate driver process (`ray_driver`), to which the command sends tasks. So Ray's messages stay out of
+the log, it does not replace signal handlers, and if it exits, as it does without its head node, the command can report
+that.
 
-    command --(function, task)--> driver --> Ray workers        the driver has at most `slots` tasks
-    command <--(slots, result)--- driver <-- Ray workers        an exception instead of a result ends the run
+    command --Request--> driver --> Ray workers (`ray_node`)        the driver has at most `slots` tasks
+    command <--Report--- driver <-- Ray workers                     an exception instead of a result ends the run
 """
 
 import contextlib
 import importlib.metadata
 import itertools
 import multiprocessing
-import os
-import secrets
 import socket
-import time
-import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import colossal_llama2
 from colossal_llama2 import logs
-from colossal_llama2.dataset.write.local_workers import JOIN_SECONDS, TASKS_AHEAD, begin_worker
+from colossal_llama2.dataset.write.local_workers import JOIN_SECONDS
+from colossal_llama2.dataset.write.ray_driver import GO_ON, Report, Request, drive, kill_session, no_cluster
+from colossal_llama2.dataset.write.ray_node import Expected, expected_here
 from colossal_llama2.errors import RunError, UserError
-
-if TYPE_CHECKING:
-    import psutil
+from colossal_llama2.plurals import counted
 
 OLDEST_VERSION = (2, 54)
 REQUIREMENTS = "requirements-ray.txt"
-# Independent of where this file is in the package.
-PACKAGE = Path(colossal_llama2.__file__).resolve().parent
-# Retries after a worker or node was lost. If more are needed, the task itself kills its workers.
-MAX_RETRIES = 10
-# Ray's minimum is 75 MiB. Tasks do not use the object store: their output is in files.
-OBJECT_STORE_BYTES = 100 << 20
 ANSWER_SECONDS = 10
 CONNECT_SECONDS = 120
-GO_ON = "run the same command again, and it continues where it stopped"
+# While tasks run, the driver reports every few seconds, unless it waits for a head node that does not answer.
+SILENT_SECONDS = 150
+MAX_NODES_NAMED = 8
 
 
 @contextlib.contextmanager
 def ray_runner(address: str | None, *, num_workers: int) -> Iterator[Callable]:
     """Yield `run(function, tasks)`, which yields the results of tasks as they finish, like `local_workers.run_tasks`.
 
+    Each task has `cache_dir`, the shared folder with the work plan, and `name`, for messages.
+
     Args:
         address: HOST:PORT or "auto" for the cluster that this machine is a node of; None starts a Ray with
             `num_workers` cores on this machine, which ends with the context.
 
     Raises:
-        UserError: Ray is missing or too old, or no cluster answers.
+        UserError: Ray is missing or too old, or no cluster answers. Or, as a RefusedError, a node has other packages,
+            or does not share the folders.
         RunError: Ray ends early.
     """
     _check(address)
     # Not a fork: Ray's driver must not inherit anything from this process.
     context = multiprocessing.get_context("spawn")
     connection, theirs = context.Pipe()
-    driver = context.Process(target=_drive, args=(theirs, address, num_workers), daemon=True)
+    driver = context.Process(target=drive, args=(theirs, address, num_workers), daemon=True)
     driver.start()
     theirs.close()
     seconds_to_end = 0
     try:
-        if not connection.poll(CONNECT_SECONDS):
-            raise RunError(f"Ray has not answered for {CONNECT_SECONDS} seconds; {GO_ON}")
-        slots, _ = _received(connection)
-        yield partial(_run, connection, slots)
+        slots = _received(connection, CONNECT_SECONDS).slots
+        yield partial(_run, connection, slots, names_nodes=address is not None)
         seconds_to_end = JOIN_SECONDS
     except Exception:
         seconds_to_end = JOIN_SECONDS
@@ -82,37 +74,7 @@ def ray_runner(address: str | None, *, num_workers: int) -> Iterator[Callable]:
         driver.kill()
         driver.join()
         if driver.pid is not None:
-            _kill_session(driver.pid)
-
-
-def _kill_session(leader: int) -> None:
-    """Kill the processes that a failed Ray left running. They stay in the driver's session, even without their parent.
-
-    Repeats until only this process is left, because a process may be starting another one.
-    """
-    import psutil
-
-    end = time.monotonic() + JOIN_SECONDS
-    while left := [process for process in psutil.process_iter() if _is_alive_in(leader, process)]:
-        if time.monotonic() > end:
-            break
-        for process in left:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        time.sleep(0.05)
-    else:
-        return
-    logs.get_logger().warning("Ray left processes that do not end: %s", [process.pid for process in left])
-
-
-def _is_alive_in(leader: int, process: "psutil.Process") -> bool:
-    import psutil
-
-    try:
-        is_other = process.pid != os.getpid()
-        return is_other and os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE
-    except (OSError, psutil.Error):  # it has ended
-        return False
+            kill_session(driver.pid)
 
 
 def _check(address: str | None) -> None:
@@ -131,135 +93,59 @@ def _check(address: str | None) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
     except OSError as error:
-        raise UserError(_no_cluster(address, error.strerror or str(error)))
+        raise UserError(no_cluster(address, error.strerror or str(error)))
 
 
-def _no_cluster(address: str, reason: str) -> str:
-    return (
-        f"--ray_address {address}: no Ray cluster answers there ({reason}); start one with `ray start --head`, join "
-        "this machine to it with `ray start --address HOST:PORT`, or leave the flag out"
-    )
-
-
-def _run(connection: Connection, slots: int, function: Callable, tasks: Iterable[Any]) -> Iterator[Any]:
+def _run(
+    connection: Connection, slots: int, function: Callable, tasks: Iterable[Any], *, names_nodes: bool
+) -> Iterator[Any]:
     remaining, running = iter(tasks), 0
+    expected: Expected | None = None
+    nodes: Counter[str] = Counter()
     while True:
         for task in itertools.islice(remaining, max(slots - running, 0)):
-            _send(connection, (function, task))
+            expected = expected or expected_here(task.cache_dir)
+            _send(connection, Request(function, task, expected))
             running += 1
         if not running:
-            return
-        slots, result = _received(connection)
-        running -= 1
-        yield result
+            break
+        report = _received(connection, SILENT_SECONDS)
+        slots = report.slots
+        if report.node:
+            nodes[report.node] += 1
+            running -= 1
+            yield report.result
+    if names_nodes and nodes:
+        logs.get_logger().info(_by_nodes(nodes))
 
 
-def _send(connection: Connection, message: Any) -> None:
+def _by_nodes(nodes: Counter[str]) -> str:
+    """How many tasks each node has done; of many nodes, the most and the fewest."""
+    done = f"{counted(nodes.total(), 'task')} on {counted(len(nodes), 'Ray node')}"
+    if len(nodes) > MAX_NODES_NAMED:
+        return f"{done}, {min(nodes.values()):,} to {max(nodes.values()):,} on each"
+    return f"{done}: {', '.join(f'{node} {count:,}' for node, count in sorted(nodes.items()))}"
+
+
+def _send(connection: Connection, request: Request) -> None:
     try:
-        connection.send(message)
+        connection.send(request)
     except OSError:
-        _received(connection)  # raises why the driver has ended
+        # Raises why the driver has ended, perhaps after results that are dropped.
+        while True:
+            _received(connection, JOIN_SECONDS)
 
 
-def _received(connection: Connection) -> tuple[int, Any]:
+def _received(connection: Connection, seconds: float) -> Report:
+    """The driver's next report; its warnings are logged. Raises its error, or RunError if there is none in time."""
     try:
-        slots, result = connection.recv()
+        if not connection.poll(seconds):
+            raise RunError(f"Ray has not answered for {seconds:g} s; {GO_ON}")
+        report: Report = connection.recv()
     except (EOFError, OSError):
         raise RunError(f"Ray has ended, perhaps because the cluster's head node has; {GO_ON}")
-    if isinstance(result, Exception):
-        raise result
-    return slots, result
-
-
-# The driver's process.
-
-
-def _drive(connection: Connection, address: str | None, num_workers: int) -> None:
-    """Connect to Ray, and do tasks until the command closes the connection."""
-    os.setsid()  # identifies the processes that Ray starts
-    begin_worker(before_end=partial(_kill_session, os.getpid()))
-    silent = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (1, 2):
-        os.dup2(silent, descriptor)
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    if address is None:
-        # Without a token, Ray runs any code that is sent to its ports.
-        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
-    import ray
-
-    running: list[Any] = []
-    try:
-        _connect(ray, address, num_workers)
-        connection.send((_slots(ray), None))
-        _serve(ray, connection, running)
-    except EOFError:  # the command is done
-        pass
-    except Exception as error:
-        # The folders may be removed now, so no worker may write to them any more.
-        _cancel(ray, running)
-        is_expected = isinstance(error, (UserError, RunError, OSError))
-        connection.send((0, error if is_expected else RuntimeError(traceback.format_exc())))
-    finally:
-        ray.shutdown()
-
-
-def _connect(ray: ModuleType, address: str | None, num_workers: int) -> None:
-    # Nodes need the packages in requirements.txt; this package is sent to them.
-    where: dict[str, Any] = {"runtime_env": {"py_modules": [str(PACKAGE)]}}
-    if address is None:
-        # "local" overrides RAY_ADDRESS.
-        where.update(
-            address="local", num_cpus=num_workers, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES
-        )
-    else:
-        where.update(address=address)
-    try:
-        ray.init(**where, log_to_driver=False, logging_level="ERROR")
-    except Exception as error:
-        if address is None:
-            raise RunError(f"--executor ray: Ray does not start on this machine ({error}); {GO_ON}")
-        raise UserError(_no_cluster(address, str(error)))
-
-
-def _slots(ray: ModuleType) -> int:
-    """The number of tasks that Ray may have at a time: some for each core of the current nodes."""
-    return TASKS_AHEAD * max(int(ray.cluster_resources().get("CPU", 0)), 1)
-
-
-def _serve(ray: ModuleType, connection: Connection, running: list[Any]) -> None:
-    while True:
-        # Wait for a task if none is running, otherwise receive those that have arrived.
-        while not running or connection.poll():
-            function, task = connection.recv()
-            remote = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(function)
-            running.append(remote.remote(task))
-        (done,), _ = ray.wait(running, num_returns=1)
-        result = _result(ray, running, done)
-        running.remove(done)
-        connection.send((_slots(ray), result))
-
-
-def _result(ray: ModuleType, running: list[Any], done: Any) -> Any:
-    """The result of a task. If it failed, waits for all tasks before it and raises the first error."""
-    try:
-        return ray.get(done)
-    except ray.exceptions.RayError:
-        pass
-    for reference in running:
-        try:
-            ray.get(reference)
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, (UserError, RunError, OSError)):
-                raise error.cause
-            raise RuntimeError(str(error))
-        except ray.exceptions.RayError as error:
-            raise RunError(f"Ray has lost a task ({error}); {GO_ON}")
-    raise RunError(f"Ray lost a task and found it again; {GO_ON}")
-
-
-def _cancel(ray: ModuleType, running: list[Any]) -> None:
-    """Stop the workers that run tasks, and wait until they have ended."""
-    for reference in running:
-        ray.cancel(reference, force=True)
-    if running:
-        ray.wait(list(running), num_returns=len(running), timeout=JOIN_SECONDS)
+    for warning in report.warnings:
+        logs.get_logger().warning(warning)
+    if isinstance(report.result, Exception):
+        raise report.result
+    return report

@@ -70,6 +70,11 @@ class UnitTask(NamedTuple):
     fails_at_bad_file: bool = True
     sizes: WorkSizes = WorkSizes()
 
+    @property
+    def name(self) -> str:
+        """How messages name it."""
+        return self.unit.name
+
 
 class Progress(NamedTuple):
     """What a finished unit adds to the progress shown: bytes of input, documents, tokens."""
