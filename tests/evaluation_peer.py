@@ -154,12 +154,12 @@ def our_records(task: Any, model: Any, tokenizer: Any, folder: str, batch_size: 
 
 def texts_of(task: Any, model: Any, tokenizer: Any, folder: str) -> list[tuple[str, str | None]]:
     """For each item, its prompt and how a letter follows it: the texts whose ids our rows are."""
-    prepared = task.prepare(model, tokenizer, folder)
+    items = task.prepare(model, tokenizer, folder)._items
     found = []
-    for row, question in zip(prepared.rows, task._questions, strict=True):
+    for row, question in zip(items.rows, task._questions, strict=True):
         assert not row.notes["cut_tokens"], "a prompt is longer than the context; give a model with a longer one"
         examples = task._examples[question.subject][row.notes["dropped_examples"] :]
-        choices = prepared._choices
+        choices = items.choices
         found.append(
             (
                 task._kind.form.prompt(question, examples) + (choices.suffix if choices else ""),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from colossal_llama2.engine.ranks import liveness
 from colossal_llama2.train.run_folder import checkpoint_files, file_names, run_lock
 from tests.connections import is_connected
 from tests.faults.processes import START_SECONDS, TORCHRUN, ForkedRun, Run
@@ -222,3 +223,32 @@ def test_a_rank_that_dies_before_the_ranks_meet_ends_the_others(start, start_for
     line = f"train.py: error: rank 1 on {socket.gethostname()} died; nothing was trained, start again"
     assert line in first.output, first.output
     assert_unlocked(first)
+
+
+def test_a_rank_that_hangs_is_noticed(start_forked):
+    runs = [start_forked(f"hung-{rank}", "--dist_timeout", "10") for rank in range(2)]
+    for rank, run in enumerate(runs):
+        run.wait_for("epoch-0_step-12")
+        os.kill(run.pid_of(rank), signal.SIGSTOP)
+    for run in runs:
+        wait_for_line(run, "did not answer", seconds=120.0)
+        assert "--dist_timeout 10 s" in run.output and "Traceback" not in run.output
+
+
+def test_a_timeout_is_recognised_behind_later_errors():
+    """A rank that gives up while it saves tries to reach the others, which it no longer can, to report that."""
+    try:
+        try:
+            raise RuntimeError("[unbound_buffer.cc:133] Timed out waiting 6000ms for send operation to complete")
+        except RuntimeError:
+            raise RuntimeError("Application timeout caused pair closure")
+    except RuntimeError as error:
+        assert liveness.is_timeout(error) and liveness.is_timeout(error.__context__)
+    try:
+        try:
+            raise RuntimeError("[unbound_buffer.cc:133] Timed out waiting 6000ms for send operation to complete")
+        except RuntimeError as first:
+            raise RuntimeError("saving failed") from first
+    except RuntimeError as error:
+        assert liveness.is_timeout(error)
+    assert not liveness.is_timeout(RuntimeError("Connection closed by peer"))

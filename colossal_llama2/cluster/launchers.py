@@ -132,8 +132,9 @@ class GuardedLaunch(Launch):
     def close(self) -> None:
         """End the connections: what is left on the hosts ends."""
         for process in self.processes.values():
-            with contextlib.suppress(OSError):
-                process.stdin.close() if process.stdin else None
+            if process.stdin is not None:
+                with contextlib.suppress(OSError):
+                    process.stdin.close()
 
     @staticmethod
     def _write(process: subprocess.Popen, text: str) -> bool:
@@ -147,10 +148,15 @@ class GuardedLaunch(Launch):
         return True
 
 
-def _task(command: Sequence[str], variables: dict[str, str], *, is_here: bool) -> str:
+def _task(plan: Plan, command: Sequence[str], variables: dict[str, str], *, is_here: bool) -> str:
     """The first line of on_host's input. On this host, a launch that is silent is only suspended (Ctrl+Z)."""
-    seconds = None if is_here else SILENT_SECONDS
-    return json.dumps({"command": command, "environment": variables, "silent_seconds": seconds})
+    task = {
+        "command": command,
+        "environment": variables,
+        "silent_seconds": None if is_here else SILENT_SECONDS,
+        "save_seconds": plan.timeout_seconds,
+    }
+    return json.dumps(task)
 
 
 class ColossalaiLaunch(GuardedLaunch):
@@ -175,7 +181,7 @@ class ColossalaiLaunch(GuardedLaunch):
         if shutil.which("colossalai") is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "colossalai")
         process = self._start("", GUARD, passed.variables, piped=True)
-        self._write(process, f"{_task(command, {}, is_here=True)}\n")
+        self._write(process, f"{_task(plan, command, {}, is_here=True)}\n")
 
     def ended(self) -> dict[str, int]:
         """Hosts that it has reported as failed, and this host once its torchrun is gone."""
@@ -208,7 +214,7 @@ class TorchrunLaunch(GuardedLaunch):
             if not remote:
                 start = GUARD
             process = self._start(host.name, start, dict(os.environ), piped=True)
-            task = _task(self._command(number), variables, is_here=not remote)
+            task = _task(plan, self._command(number), variables, is_here=not remote)
             lines = [os.getcwd(), sys.executable, task] if remote else [task]
             self._write(process, "".join(f"{line}\n" for line in lines))
 

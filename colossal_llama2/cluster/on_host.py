@@ -3,8 +3,9 @@
     python -m colossal_llama2.cluster.on_host
 
 is started by cluster/launchers.py, over ssh on other hosts. The first line of its input is a JSON object with the
-command, the environment, so that neither appears in a command line, and after how many seconds of silence the launch
-counts as cut off (null: never). Each further line is a signal's name for the ranks, or empty as a sign of life. When
+command and the environment, so that neither appears in a command line; after how many seconds of silence the launch
+counts as cut off (null: never); and how long ranks may take to save (--dist_timeout, after which a rank that waits for
+others ends by itself). Each further line is a signal's name for the ranks, or empty as a sign of life. When
 the input ends, or is silent for so long, everything that was started here ends. The exit code is that of the command.
 """
 
@@ -22,8 +23,6 @@ from colossal_llama2.terminal_text import report_line
 # How often the launch gives a sign of life, and after how long without one its host counts as cut off.
 SIGN_SECONDS = 5.0
 SILENT_SECONDS = 30.0
-# torchrun passes SIGTERM on, and its ranks may save.
-SAVE_SECONDS = 25.0
 LOOK_SECONDS = 0.2
 
 
@@ -43,11 +42,11 @@ def main() -> None:
         preexec_fn=_default_signals,
     )
     mark = environment[job_processes.MARK]
-    threading.Thread(target=_obey, args=(mark, task["silent_seconds"]), daemon=True).start()
+    threading.Thread(target=_obey, args=(mark, task["silent_seconds"], task["save_seconds"]), daemon=True).start()
     code = process.wait()
     # A rank whose torchrun was killed lives on.
     if code < 0:
-        _end_all(mark)
+        _end_all(mark, task["save_seconds"])
     os._exit(code if code >= 0 else 128 - code)
 
 
@@ -67,7 +66,7 @@ def _read_line() -> bytes:
     return line
 
 
-def _obey(mark: str, silent_seconds: float | None) -> None:
+def _obey(mark: str, silent_seconds: float | None, save_seconds: float) -> None:
     while select.select([0], [], [], silent_seconds)[0]:
         line = _read_line()
         if not line:
@@ -76,13 +75,13 @@ def _obey(mark: str, silent_seconds: float | None) -> None:
             job_processes.signal_here(mark, signal.Signals[name], only_ranks=True)
     else:
         report_line(f"on_host: no contact with the launch for {silent_seconds:g} s; ending its processes")
-    _end_all(mark)
+    _end_all(mark, save_seconds)
     os._exit(1)
 
 
-def _end_all(mark: str) -> None:
-    """End the command and all that it has started. Ranks get the time to save."""
-    end = time.monotonic() + SAVE_SECONDS
+def _end_all(mark: str, save_seconds: float) -> None:
+    """End the command and all that it has started, when the ranks, which get SIGTERM, have saved and ended."""
+    end = time.monotonic() + save_seconds
     job_processes.signal_here(mark, signal.SIGTERM, only_ranks=True)
     while time.monotonic() < end and job_processes.Processes.of(mark).ranks:
         time.sleep(LOOK_SECONDS)

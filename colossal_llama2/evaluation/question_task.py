@@ -71,7 +71,12 @@ class QuestionTask:
 
 
 class QuestionItems:
-    """The questions as ids; see `LogitItems`. `new_tokens` is the room behind each for an answer."""
+    """The questions as ids; see `LogitItems`.
+
+    Attributes:
+        new_tokens: the room behind each question for an answer.
+        choices: the letters as tokens; None for questions without choices.
+    """
 
     def __init__(
         self,
@@ -91,12 +96,12 @@ class QuestionItems:
                 "so no question fits; leave it out"
             )
         self._room = context - self.new_tokens
-        self._choices: ChoiceTokens | None = None
+        self.choices: ChoiceTokens | None = None
         if kind.metric != FINAL_NUMBER:
             first = questions[0]
             prompt = kind.form.prompt(first, examples[first.subject])
-            self._choices = find_choice_tokens(tokenizer, prompt, kind.form.lead)
-            get_logger().info(f"{name}: {self._choices.described()}")
+            self.choices = find_choice_tokens(tokenizer, prompt, kind.form.lead)
+            get_logger().info(f"{name}: {self.choices.described()}")
         self.rows = [
             self._row(number, question, examples[question.subject]) for number, question in enumerate(questions)
         ]
@@ -104,7 +109,7 @@ class QuestionItems:
     def _row(self, number: int, question: Question, examples: list[Question]) -> Row:
         """A prompt that fits the model's context: without as many of the first examples as needed, or cut in front."""
         room = self._room
-        suffix, candidates = (self._choices.suffix, self._choices.ids) if self._choices else ("", ())
+        suffix, candidates = (self.choices.suffix, self.choices.ids) if self.choices else ("", ())
         for dropped in range(len(examples) + 1):
             kept = examples[dropped:]
             try:

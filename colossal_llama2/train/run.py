@@ -32,7 +32,8 @@ def train_on_all(config: TrainConfig, stop: NoSignals, watch: Watch) -> None:
         launch(config.recipe.seed, timeout_seconds=config.timeout_seconds, meet=watch.wait)
         stop.meet()
         watch.settle()
-        check_same_everywhere(resuming.with_first_ranks_source(config))
+        config = resuming.with_first_ranks_source(config)
+        check_same_everywhere(config)
         if config.benchmark is not None:
             benchmark(config, config.benchmark, stop)
         else:

@@ -62,6 +62,8 @@ def _cut_out(part: "torch.Tensor") -> "torch.Tensor":
     """The same numbers at the same place, without the rest of the memory that `part` is a part of."""
     import torch
 
+    if not part.numel():
+        return part.clone()
     content = part.reshape(-1).view(torch.uint8).numpy()
     return torch.from_numpy(content).view(part.dtype).view(part.shape)
 

@@ -1,8 +1,8 @@
 """Optimizer states, gathered from the ranks for one file of a checkpoint after the other.
 
 ColossalAI gathers each state on every rank, beside copies of it, and Gemini gathers pickled objects. A rank that writes
-also keeps a file's states while it gathers those of the next one. Here only the rank that writes receives states, in
-pieces, and besides its own part it holds the states of one file. Files and values are the same.
+also keeps a file's states while it gathers those of the next one. Here states travel in pieces, only the rank that
+writes keeps them, and besides its own part it holds the states of one file. Files and values are the same.
 
 zero2     the ranks' parts of a flattened parameter are equally long
 3d        the same, and besides, tensor-parallel ranks have other rows or columns of a matrix
@@ -22,8 +22,8 @@ from colossal_llama2.engine.ranks import collectives
 if TYPE_CHECKING:
     import torch
 
-# Of all ranks together. A GPU and the network need no larger ones to be busy.
-PIECE_BYTES = 8 * 2**20
+# Of all ranks together, and the least of one rank. A GPU and the network need no larger ones to be busy.
+PIECE_BYTES, LEAST_PART_BYTES = 8 * 2**20, 2**18
 MIB = 2**20
 OF_ZERO2 = "colossalai.zero.low_level.low_level_optim:LowLevelZeroOptimizer.state_dict_shard"
 OF_3D = "colossalai.checkpoint_io.hybrid_parallel_checkpoint_io:HybridParallelCheckpointIO._optimizer_sharder"
@@ -260,7 +260,7 @@ def _joined(part: "torch.Tensor", group: Any, shape: Sequence[int], *, dimension
         return part[tuple(slice(length) for length in shape)].cpu()
     whole = torch.empty(shape, dtype=part.dtype) if is_first else None
     row_bytes = part[:1].numel() * part.element_size()
-    rows = max(PIECE_BYTES // max(row_bytes * ranks, 1), 1)
+    rows = max(max(PIECE_BYTES // ranks, LEAST_PART_BYTES) // max(row_bytes, 1), 1)
     for first in range(0, len(part), rows):
         piece = part[first : first + rows].contiguous().to(get_current_device())
         pieces = [torch.empty_like(piece) for _ in range(ranks)] if is_first else None
