@@ -5,11 +5,11 @@
 
 lm-eval's `hf` model gets the texts of our prompts: for a multiple-choice task the log-likelihoods of the four letters
 (`loglikelihood`), for GSM8K the greedy answer (`generate_until`). Both compute in float32 on one CPU. Choices must be
-equal for every question, differences of logits equal to 1e-4, and answers equal to the character. Of AGIEval, the
-logits are compared, which are one part of its combined metric.
+equal for every question, differences of logits equal to 1e-4, and answers equal to the character but for white space
+at their ends. Of AGIEval, the logits are compared, which are one part of its combined metric.
 
 lm-eval needs another PyTorch than ColossalAI, so it runs in an environment of its own:
-pip install lm-eval torch transformers. Without one, the command prints so and ends with code 0.
+pip install -r requirements/clients/lm_eval.txt. Without one, the command prints so and ends with code 0.
 """
 
 import argparse
@@ -24,6 +24,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from colossal_llama2.task_names import SET_NAMES  # noqa: E402
 
 ANSWER_TASK = "gsm8k"
 TOLERANCE = 1e-4
@@ -81,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, default=None, help="most items of each task (default: all)")
     parser.add_argument("--batch_size", type=int, default=8, help="of both (default: 8)")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch (default: 2)")
-    parser.add_argument("--tasks", default="cmmlu,gsm8k", help="names of sets (default: cmmlu,gsm8k)")
+    parser.add_argument("--tasks", type=set_names, default="cmmlu,gsm8k", help="names of sets (default: %(default)s)")
     parser.add_argument("--lm_eval_python", default=sys.executable, help="python of the environment with lm-eval")
     args = parser.parse_args(argv)
     if not has_lm_eval(args.lm_eval_python):
@@ -117,7 +119,7 @@ def compare(args: argparse.Namespace) -> list[Asked]:
     torch.set_num_threads(args.threads)
     flags = {
         "model_path": [str(args.model_path)],
-        "tasks": [(name, None) for name in args.tasks.split(",")],
+        "tasks": [(name, None) for name in args.tasks],
         "data_dir": str(args.data_dir),
         "num_fewshot": None,
         "limit": args.limit,
@@ -235,16 +237,27 @@ def compared(asked: Asked) -> tuple[list[str], bool]:
         )
         right = [record["choice"] == record["answer"] for record in records]
         their_right = [choice == record["answer"] for record, choice in zip(records, choices, strict=True)]
-    speed = asked.seconds[1] / asked.seconds[0]
+    # lm-eval is not asked for AGIEval's answers.
+    speed = "" if asked.name == "agieval" else f"{asked.seconds[1] / asked.seconds[0]:.2f}"
     logits = "" if asked.name == ANSWER_TASK else f"{worst:.1e}"
     cells = [asked.name, str(len(records)), *share(right), *share(their_right), f"{same} of {len(records)}", logits]
-    return [*cells, f"{speed:.2f}"], same == len(records) and worst <= TOLERANCE
+    return [*cells, speed], same == len(records) and worst <= TOLERANCE
 
 
 def share(right: list[bool]) -> tuple[str, str]:
     """The share of right items and its standard error."""
-    count, mean = len(right), sum(right) / len(right)
-    return f"{mean:.1%}", f"{(mean * (1 - mean) / max(count - 1, 1)) ** 0.5:.1%}"
+    from colossal_llama2.evaluation.results import share_of
+
+    score = share_of(sum(right), len(right))
+    return f"{score.value:.1%}", "" if score.error is None else f"{score.error:.1%}"
+
+
+def set_names(text: str) -> list[str]:
+    """Names of sets of questions."""
+    names = text.split(",")
+    if unknown := set(names) - set(SET_NAMES):
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))} given, {', '.join(SET_NAMES)} allowed")
+    return names
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def right_items(folder, dtype: str) -> dict:
     task = IclTask(seed=0, limit=ITEMS)
     records = [record for some in records_of(model, tokenizer, str(folder), task, batch_size=None) for record in some]
     score = result_of("m", task, records).score
-    return {"accuracy": score.value, "standard_error": score.error}
+    return {"accuracy": score.value, "standard_error": score.error, "items": score.items}
 
 
 @pytest.mark.parametrize("layout", ["fp32 ddp", "bf16 gemini", "fp32 3d tp2", "fp32 3d pp2"])
@@ -143,6 +143,20 @@ def test_the_alarm_is_about_more_than_the_limit():
     assert "fell from 40.0% to nan%" in beyond(math.nan)["icl"]
     assert list(beyond(0.4, 3.0)) == ["en"]
     assert alarm.sentences({"icl": {"accuracy": 0.0}, "en": {"loss": 2.0}}, EvaluationHistory()) == {}
+
+
+def test_an_alarm_that_cannot_be_raised_is_reported():
+    alarm = Alarm({"icl": 0.3, "mmlu": 0.2, "en": 0.3})
+    figures = {"icl": {"accuracy": 0.26}, "mmlu": {"accuracy": 0.26}, "en": {"loss": 0.1}}
+    (sentence,) = alarm.unreachable(figures)
+    assert "accuracy on icl is 26.0% at first, so it cannot fall by more than 30 points" in sentence
+
+
+def test_an_accuracy_is_compared_with_the_first_that_is_a_number():
+    history = EvaluationHistory()
+    for step, accuracy in enumerate((math.nan, 0.4, 0.5)):
+        history.add(step, {"icl": {"accuracy": accuracy}})
+    assert history.first("icl", {"accuracy": 0.5}) == ("accuracy", 0.4)
 
 
 def test_other_items_are_another_measurement():

@@ -279,16 +279,18 @@ def test_the_command_prints_the_accuracy_of_the_last_step(jobs, mmlu, tmp_path):
     results = {found["task"]: found["score"] for found in json.loads(out.with_suffix(".json").read_text())["results"]}
     last = history(job)[-1]["figures"]
     for task in ("icl", "mmlu"):
-        assert last[task] == {"accuracy": results[task]["value"], "standard_error": results[task]["error"]}
+        score = results[task]
+        assert last[task] == {"accuracy": score["value"], "standard_error": score["error"], "items": score["items"]}
 
 
 def test_accuracies_are_in_the_card(jobs):
     card = (jobs["zero2"].model / "README.md").read_text().split("## Evaluation\n")[1].split("\n## ")[0]
     entries = history(jobs["zero2"])
-    assert "| task | after step | accuracy | standard error |" in card
+    assert "| task | after step | accuracy | standard error | items |" in card
     for entry in (entries[0], entries[-1]):
-        shown = entry["figures"]["mmlu"]
-        assert f"| mmlu | {entry['step']} | {shown['accuracy']:.1%} | {shown['standard_error']:.1%} |" in card
+        found = entry["figures"]["mmlu"]
+        shown = f"{found['accuracy']:.1%} | {found['standard_error']:.1%} | {found['items']}"
+        assert f"| mmlu | {entry['step']} | {shown} |" in card
     assert f"| icl | {entries[-1]['step']} | " in card and "| en | 0 | " in card
 
 

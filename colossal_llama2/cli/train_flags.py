@@ -21,13 +21,14 @@ from colossal_llama2.cli.value_types import (
     seed_number,
     sequence_length,
     source_weight,
+    task_list,
     tracker_list,
 )
 from colossal_llama2.gpus import DEFAULT_GPU, GPUS
 from colossal_llama2.layer_matrices import LAYER_MATRICES
 from colossal_llama2.model_sizes import MODEL_SIZES, VOCABULARIES
 from colossal_llama2.plugin_names import HYBRID_3D, PLUGIN_NAMES
-from colossal_llama2.task_names import LOGIT_TASK_NAMES, WITH_EXAMPLES
+from colossal_llama2.task_names import ICL, LOGIT_TASK_NAMES, WITH_EXAMPLES
 from colossal_llama2.tracker_names import TENSORBOARD, TRACKER_NAMES
 
 PRECISIONS = ("fp16", "bf16", "fp32")
@@ -431,7 +432,8 @@ def _add_evaluation_arguments(parser: CommandParser) -> None:
         type=positive_int,
         default=200,
         needs=Need("needs --eval_tasks", lambda args: bool(args.eval_tasks)),
-        help="items of each of --eval_tasks, at most: those of --limit of python -m colossal_llama2.evaluation",
+        help="items of each of --eval_tasks, as --limit of python -m colossal_llama2.evaluation: icl has so many, and "
+        "sets as many at most",
     )
     evaluation.add(
         "--eval_num_fewshot",
@@ -477,7 +479,7 @@ def _add_evaluation_arguments(parser: CommandParser) -> None:
 
 def _has_examples(args: argparse.Namespace) -> bool:
     """Whether a set of --eval_tasks has examples."""
-    return any(word.partition("=")[0] in WITH_EXAMPLES for word in (args.eval_tasks or "").split(","))
+    return any(name in WITH_EXAMPLES for name, _ in task_list(args.eval_tasks or ICL))
 
 
 def _add_dry_run_arguments(parser: CommandParser) -> None:

@@ -242,7 +242,8 @@ def task_list(text: str, names: Sequence[str] = TASK_NAMES) -> list[tuple[str, s
         if name not in names:
             raise argparse.ArgumentTypeError(f"'{name}' given, {allowed}")
         if sign and not path:
-            raise argparse.ArgumentTypeError(f"'{entry}' given, {name} or {name}=PATH allowed")
+            given = ICL if name == ICL else f"{name}=PATH"
+            raise argparse.ArgumentTypeError(f"'{entry}' given, {given} allowed")
         if name == ICL and path:
             raise argparse.ArgumentTypeError(f"'{entry}' given, but {ICL} reads no files; give {ICL}")
         if name == BITS_PER_BYTE and not path:
@@ -257,7 +258,7 @@ def logit_task_list(text: str) -> str:
     """A list as of `task_list`, unchanged, of tasks that training can measure; sets have a PATH each."""
     causes = {BITS_PER_BYTE: "give --eval_dataset for it", GSM8K: "whose answers are generated; leave it out"}
     for entry in text.split(","):
-        name = entry.partition("=")[0]
+        name = entry.strip().partition("=")[0]
         if name in causes:
             raise argparse.ArgumentTypeError(f"'{name}' given, {causes[name]}")
     for name, path in task_list(text, LOGIT_TASK_NAMES):

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from colossal_llama2 import errors, tables
 from colossal_llama2.cli import cluster_flags
+from colossal_llama2.cli.value_types import task_list
 from colossal_llama2.cluster.doctor import survey, variables
 from colossal_llama2.cluster.doctor.finding import GIB, Finding
 from colossal_llama2.cluster.doctor.findings import all_findings
@@ -38,6 +39,7 @@ from colossal_llama2.cluster.hostfile import (
     read_and_resolve,
 )
 from colossal_llama2.plurals import counted
+from colossal_llama2.task_names import ICL
 from colossal_llama2.terminal_text import show, show_line
 from colossal_llama2.train.before_launch import PARSERS
 from colossal_llama2.train.run_folder.file_names import LOCK_NAME
@@ -103,6 +105,7 @@ def question_of(args: argparse.Namespace, given: argparse.Namespace | None) -> Q
         return question
     paths = [given.pretrained, *map(_without_name, given.dataset), *map(_without_name, given.eval_dataset or ())]
     paths += [given.load_checkpoint] if given.load_checkpoint else []
+    paths += [path for _, path in task_list(given.eval_tasks or ICL) if path]
     save_dir = Path(given.save_dir)
     return dataclasses.replace(
         question, paths=list(dict.fromkeys(paths)), save_dir=save_dir, lock_owner=lock_owner(save_dir)

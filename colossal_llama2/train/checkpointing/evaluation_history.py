@@ -1,5 +1,6 @@
 """All evaluations of a run so far, as its checkpoints record them: later figures are compared with the first ones."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,9 +9,9 @@ from colossal_llama2 import logs
 from colossal_llama2.train.checkpointing.saved_run import SavedRun
 
 # Of each set: name -> {"loss": nats per token, "perplexity": ..., "bits_per_byte": ...}; of each task: name ->
-# {"accuracy": share of right items, "standard_error": ...}.
+# {"accuracy": share of right items, "standard_error": ..., "items": their number}.
 Figures = dict[str, dict[str, float]]
-ACCURACY, STANDARD_ERROR = "accuracy", "standard_error"
+ACCURACY, STANDARD_ERROR, ITEMS = "accuracy", "standard_error", "items"
 # Every set has a loss, and every task an accuracy.
 COMPARED = ("bits_per_byte", "loss", ACCURACY)
 
@@ -58,10 +59,11 @@ class EvaluationHistory:
         return {name for entry in self.evaluations for name in entry["figures"]}
 
     def first(self, name: str, now: Mapping[str, float]) -> tuple[str, float | None]:
-        """Which figure of a set is compared with that of `now`, and its first value; None if there is none yet."""
+        """Which figure is compared with that of `now`, and its first finite value; None if there is none yet."""
         for entry in self.evaluations:
             figures = entry["figures"].get(name, {})
-            key = next((key for key in COMPARED if key in figures and key in now), None)
+            # Nothing can be compared with NaN.
+            key = next((key for key in COMPARED if key in now and math.isfinite(figures.get(key, math.nan))), None)
             if key is not None:
                 return key, figures[key]
         return next(key for key in COMPARED if key in now), None

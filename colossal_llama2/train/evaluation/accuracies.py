@@ -17,7 +17,7 @@ from colossal_llama2.evaluation.results import share_of
 from colossal_llama2.evaluation.task import LogitItems, LogitTask, Row
 from colossal_llama2.model.loading import ModelFacts
 from colossal_llama2.plurals import counted
-from colossal_llama2.train.checkpointing.evaluation_history import ACCURACY, STANDARD_ERROR
+from colossal_llama2.train.checkpointing.evaluation_history import ACCURACY, ITEMS, STANDARD_ERROR
 from colossal_llama2.train.settings.config import TrainConfig
 from colossal_llama2.train.stepping.pipeline import pipeline_logits
 from colossal_llama2.train.stepping.stopping import NoSignals, agreed_signal
@@ -57,14 +57,21 @@ def _loaded(task: LogitTask, tokenizer: "PreTrainedTokenizerBase", model: ModelF
     rows = sorted(items.rows, key=lambda row: (-len(row.ids), row.item))
     most, count = len(rows[0].ids), sum(len(row.ids) > longest for row in rows)
     if count:
-        fewer = "" if task.num_fewshot is None else "fewer examples with --eval_num_fewshot, or "
+        fewer = "fewer examples with --eval_num_fewshot, or " if task.num_fewshot else ""
         raise UserError(
-            f"--eval_tasks {task.name}: {counted(count, 'prompt')} of {len(rows)} longer than --max_length {longest}: "
-            f"up to {most:,} tokens; give {fewer}a larger --max_length, or leave {task.name} out"
+            f"--eval_tasks {task.name}: {count:,} of {counted(len(rows), 'prompt')} longer than --max_length "
+            f"{longest}, the longest with {most:,} tokens; give {fewer}a larger --max_length, or leave {task.name} out"
         )
-    shortened = sum(bool(row.notes.get("dropped_examples") or row.notes.get("cut_tokens")) for row in rows)
-    notes = f", {shortened:,} of them without some examples" if shortened else ""
-    logs.get_logger().info("%s: %s of up to %d tokens%s", task.name, counted(len(rows), "item"), most, notes)
+    logs.get_logger().info("%s: %s of up to %d tokens", task.name, counted(len(rows), "item"), most)
+    for note, what in (("dropped_examples", "without some of its examples"), ("cut_tokens", "cut in front")):
+        if shortened := sum(bool(row.notes.get(note)) for row in rows):
+            logs.get_logger().warning(
+                "%s: %s %s, since the model's context is %s tokens",
+                task.name,
+                counted(shortened, "prompt"),
+                what,
+                f"{model.positions:,}",
+            )
     return LoadedTask(task.name, items, rows)
 
 
@@ -88,7 +95,8 @@ def accuracy_on(engine: "Engine", task: LoadedTask, collator: Collator, *, stop:
     (total,) = engine.sum_over_data([right])
     # A whole number, unless it is NaN.
     score = share_of(round(total) if math.isfinite(total) else math.nan, len(task.rows))
-    return {ACCURACY: score.value} | ({} if score.error is None else {STANDARD_ERROR: score.error})
+    errors = {} if score.error is None else {STANDARD_ERROR: score.error}
+    return {ACCURACY: score.value, **errors, ITEMS: len(task.rows)}
 
 
 def _share(engine: "Engine", rows: Sequence[Row], collator: Collator) -> Iterator[tuple[Sequence[Row], Batch]]:

@@ -23,6 +23,15 @@ class Alarm:
     limits: Mapping[str, float]
     stops: bool = False
 
+    def unreachable(self, figures: Figures) -> list[str]:
+        """For the first figures: a sentence for each task whose accuracy cannot fall by more than its limit."""
+        return [
+            f"--forgetting_alarm {name}={limit:g}: accuracy on {name} is {figures[name][ACCURACY]:.1%} at first, so it "
+            f"cannot fall by more than {100 * limit:g} points; give a lower limit"
+            for name, limit in self.limits.items()
+            if figures.get(name, {}).get(ACCURACY, math.inf) <= limit
+        ]
+
     def sentences(self, figures: Figures, history: EvaluationHistory) -> dict[str, str]:
         """The sets and tasks beyond their limit, each with a sentence for the user."""
         found = {}

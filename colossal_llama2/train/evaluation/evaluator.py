@@ -171,7 +171,10 @@ class Evaluator(SilentEvaluator):
         if answers is None:
             self._interrupt(step)
             return None
+        known = self._history.names()
         self._history.add(step, figures)
+        for sentence in self._alarm.unreachable({name: one for name, one in figures.items() if name not in known}):
+            logs.get_logger().warning("%s", sentence)
         named = {f"Evaluation/{name}/{key}": v for name, values in figures.items() for key, v in values.items()}
         self._reporter.write(step, named)
         if answers:

@@ -306,9 +306,14 @@ def _evaluation(evaluations: dict[str, dict[int, dict[str, float]]], of_last: st
         columns = ["data", "after step", *(name.replace("_", " ") for name in names)]
         parts.append(table(columns, _first_and_last(sets, lambda values: [_figure(values.get(n)) for n in names])))
     if tasks:
-        columns = ["task", "after step", "accuracy", "standard error"]
-        figures = ("accuracy", "standard_error")
-        rows = _first_and_last(tasks, lambda values: [_percent(values.get(n)) for n in figures])
+        columns = ["task", "after step", "accuracy", "standard error", "items"]
+        rows = _first_and_last(
+            tasks,
+            lambda values: [
+                *(_percent(values.get(name)) for name in ("accuracy", "standard_error")),
+                f"{values['items']:,.0f}" if "items" in values else "",
+            ],
+        )
         parts.append("Accuracies are by the logits of the first predicted token.\n\n" + table(columns, rows))
     return "\n\n".join([f"## Evaluation{of_last}", *parts]) if parts else ""
 

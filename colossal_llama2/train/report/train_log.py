@@ -5,7 +5,7 @@
      "seconds": {"data": 0.01, "forward": 1.9, "backward": 3.7, "optimizer": 0.2},
      "loss_by_source": {"en": 2.5, "zh": 3.1}, "loss_by_category": {"news": 2.9, "web": 2.8}}
     {"step": 400, "evaluation": {"en": {"loss": 2.61, "bits_per_byte": 0.93},
-     "icl": {"accuracy": 0.61, "standard_error": 0.03}}}
+     "icl": {"accuracy": 0.61, "standard_error": 0.03, "items": 200}}}
     {"step": 400, "answers": [{"prompt": "How are you?", "answer": "Fine.", "tokens": 3, "is_cut": false}]}
     {"step": 400, "checkpoint": "epoch-0_step-400", "seconds": {"save": 12.4}}
 

@@ -209,7 +209,7 @@ def _eval_tasks(args: argparse.Namespace) -> list[LogitTask]:
         tasks = read_tasks(places, num_fewshot=args.eval_num_fewshot, limit=args.eval_limit, seed=TASK_SEED)
     except UserError as error:
         # The readers of sets name the flag of their command.
-        raise UserError(str(error).replace("--num_fewshot", "--eval_num_fewshot"))
+        raise UserError(f"{flag}: {str(error).replace('--num_fewshot', '--eval_num_fewshot')}")
     return [cast(LogitTask, task) for task in tasks]
 
 
