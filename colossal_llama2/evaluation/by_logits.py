@@ -18,8 +18,26 @@ def records_by_logits(
     model: "LlamaForCausalLM", items: LogitItems, rows: Sequence[Row], shared: "SharedStates | None"
 ) -> list[dict[str, Any]]:
     """The fields of the records of some rows, see `PreparedTask.compute`."""
-    logits = PromptBatch(model, [row.ids for row in rows], shared=shared).logits()
+    ids = [row.ids for row in rows]
+    logits = next_logits(model, ids) if shared is None else PromptBatch(model, ids, shared=shared).logits()
     return records_of_logits(items, rows, logits)
+
+
+def next_logits(model: "LlamaForCausalLM", rows: Sequence[Sequence[int]]) -> "torch.Tensor":
+    """(rows, vocabulary): of what follows each row, without states to continue them.
+
+    Padding behind a row is not seen by it, so no mask is needed, without which attention is faster.
+    """
+    import torch
+
+    lengths = torch.tensor([len(row) for row in rows])
+    padded = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
+    for place, row in enumerate(rows):
+        padded[place, : len(row)] = torch.tensor(row)
+    with torch.inference_mode():
+        hidden = model.model(input_ids=padded.to(model.device), use_cache=False).last_hidden_state
+        last = hidden[torch.arange(len(rows), device=hidden.device), (lengths - 1).to(hidden.device)]
+        return model.get_output_embeddings()(last)
 
 
 def records_of_logits(items: LogitItems, rows: Sequence[Row], logits: "torch.Tensor") -> list[dict[str, Any]]:
