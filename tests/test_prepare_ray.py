@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from colossal_llama2.cli import data_flags
+from colossal_llama2.dataset.layout import store
 from colossal_llama2.dataset.layout.locks import RefusedError
 from colossal_llama2.dataset.layout.prepare_settings import WorkSizes
 from colossal_llama2.dataset.write import prepare, ray_driver, ray_node
@@ -285,6 +286,56 @@ def test_units_that_were_written_elsewhere_are_an_error(inputs, tokenizer_dir, t
         prepare.prepare_pretrain(**options(inputs, tokenizer_dir, tmp_path), num_workers=1, sizes=SMALL_UNITS)
 
 
+def test_bins_that_were_written_elsewhere_are_an_error(inputs, tokenizer_dir, tmp_path, monkeypatch):
+    """A node shares the cache, but has another folder at the path of the output. The same command continues."""
+    (tmp_path / "node").mkdir()
+    write_bin = prepare.write_bin
+
+    def write_elsewhere(task):
+        return write_bin(task._replace(arrow_dir=str(tmp_path / "node")) if task.number == 1 else task)
+
+    monkeypatch.setattr(prepare, "write_bin", write_elsewhere)
+    keywords = {**options(inputs, tokenizer_dir, tmp_path / "out"), "num_workers": 1, "sizes": SMALL_UNITS}
+    with pytest.raises(RunError, match=r"1 bin of 5, such as part-00001, cannot be seen in .*\.arrow\.partial and .*"):
+        prepare.prepare_pretrain(**keywords)
+    assert not (tmp_path / "out" / "arrow").exists()
+    monkeypatch.undo()
+    prepare.prepare_pretrain(**keywords)
+    assert (tmp_path / "out" / "arrow" / "part-00001").is_dir()
+
+
+def test_files_that_appear_later_are_waited_for(monkeypatch):
+    """NFS shows another machine's files after some time."""
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
+    monkeypatch.setattr(prepare, "time", clock)
+    run = SimpleNamespace(execution=SimpleNamespace(executor="ray"))
+    assert prepare._Run._unseen(run, [20, 60, 1000], lambda second: now[0] >= second, waits=True) == [1000]
+    assert now[0] == 90
+    run.execution.executor = "local"
+    assert prepare._Run._unseen(run, [1000], lambda second: now[0] >= second, waits=True) == [1000]
+    assert now[0] == 90
+
+
+def test_a_late_second_attempt_keeps_the_first_folder(tmp_path):
+    """The second one's may be removed at any time, since its worker counts as lost. A damaged one is replaced."""
+    path = tmp_path / "part-00000"
+
+    def write(content: bytes, *, is_removed: bool = False) -> int:
+        with store.appearing_folder(path, needed_bytes=1) as folder:
+            (folder / "data").write_bytes(content)
+            if is_removed:
+                (folder / "data").unlink()
+        assert list(tmp_path.iterdir()) == [path]
+        return path.stat().st_ino
+
+    first = write(b"all")
+    assert write(b"all") == first
+    assert write(b"all", is_removed=True) == first
+    (path / "data").write_bytes(b"alt")
+    assert write(b"all") != first and (path / "data").read_bytes() == b"all"
+
+
 def test_without_a_core_the_command_ends(monkeypatch):
     """After all nodes were lost; a cluster that has had none yet may be growing."""
     now = [0.0]
@@ -297,8 +348,13 @@ def test_without_a_core_the_command_ends(monkeypatch):
     found: list[dict] = []
     nodes = ray_driver._Nodes(SimpleNamespace(nodes=lambda: found))
     assert nodes.look(True) == []
+    now[0] = 9
+    assert (nodes.look(True), nodes.take_warnings()) == ([], ())
+    now[0] = 10
+    waiting = "the Ray cluster has no node with a core; start nodes within 600 s"
+    assert (nodes.look(True), nodes.take_warnings()) == ([], (waiting,))
     now[0] = 599
-    assert nodes.look(True) == []
+    assert (nodes.look(True), nodes.take_warnings()) == ([], ())
     found[:] = [node(True)]
     assert (nodes.look(True), nodes.slots) == ([], 8)
     found[:] = [node(False)]
@@ -306,25 +362,31 @@ def test_without_a_core_the_command_ends(monkeypatch):
     now[0] += 59
     assert nodes.look(True) == []
     now[0] += 2
+    assert nodes.take_warnings() == (waiting.replace("600", "60"),)
     with pytest.raises(RunError, match=r"no node with a core for 60 s; start nodes, and run the same command again"):
         nodes.look(True)
+
+
+def accepted(ray: SimpleNamespace, cache_dir: Path, count: int) -> tuple:
+    """A driver with tasks of a Ray that is not one: the driver, the command's end of the pipe, each attempt's claim."""
+    claims: list[Path] = []
+    remote = SimpleNamespace(options=lambda name: SimpleNamespace(remote=lambda *given: claims.append(given[3])))
+    ray.remote = lambda **given: lambda function: remote
+    ours, theirs = multiprocessing.Pipe()
+    tasks = ray_driver._Tasks(ray, theirs)
+    for number in range(count):
+        data = SimpleNamespace(name=f"unit-{number}", cache_dir=str(cache_dir))
+        ours.send(ray_driver.Request(len, data, ray_node.Expected((), None)))
+    tasks._accept()
+    return tasks, ours, claims
 
 
 def test_the_tasks_of_a_node_that_does_not_answer_are_done_again(tmp_path, monkeypatch):
     """Ray waits for them without end. tests/cluster/run.sh cuts a real node off; this is the decision alone."""
     names = {"NodeID": "1", "NodeManagerHostname": "node1", "NodeManagerAddress": "10.0.0.1", "Resources": {"CPU": 1.0}}
     nodes = [{**names, "Alive": True}, {**names, "NodeID": "2", "NodeManagerHostname": "node2", "Alive": True}]
-    claims: list[Path] = []
-    remote = SimpleNamespace(options=lambda name: SimpleNamespace(remote=lambda *given: claims.append(given[3])))
-    ray = SimpleNamespace(
-        nodes=lambda: nodes, remote=lambda **given: lambda function: remote, cancel=lambda given: None
-    )
-    ours, theirs = multiprocessing.Pipe()
-    tasks = ray_driver._Tasks(ray, theirs)
-    for number in range(3):
-        data = SimpleNamespace(name=f"unit-{number}", cache_dir=str(tmp_path))
-        ours.send(ray_driver.Request(len, data, ray_node.Expected((), None)))
-    tasks._accept()
+    ray = SimpleNamespace(nodes=lambda: nodes, cancel=lambda given: None)
+    tasks, ours, claims = accepted(ray, tmp_path, 3)
     claims[0].write_text("1")
     claims[1].write_text("2")
 
@@ -334,9 +396,28 @@ def test_the_tasks_of_a_node_that_does_not_answer_are_done_again(tmp_path, monke
 
     assert (warnings(), len(claims)) == ((), 3)
     nodes[1]["Alive"] = False
+    # Pauses would add up, and the command would hear nothing meanwhile.
+    tasks._running[1].lost = 2
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: pytest.fail("a pause"))
+    monkeypatch.setattr(ray_driver, "time", clock)
     lost = "1 task lost with a worker or node of Ray, done again: unit-1"
     assert (warnings(), len(claims)) == (("the Ray node node2 (10.0.0.1) is lost", lost), 4)
     # The third may have been on its way to that node, since no other has begun it.
     assert (warnings(), len(claims)) == ((), 4)
     monkeypatch.setattr(ray_driver, "DOUBT_SECONDS", 0)
+    claims[2].touch()
     assert (warnings(), len(claims)) == ((), 5)
+    assert not claims[2].exists()
+
+
+def test_what_each_attempt_would_meet_ends_the_run_at_once(tmp_path):
+    from ray import exceptions
+
+    def get(reference):
+        raise exceptions.RuntimeEnvSetupError("no package at the given address")
+
+    tasks, _, claims = accepted(SimpleNamespace(nodes=list, exceptions=exceptions, get=get), tmp_path, 1)
+    tasks._finish(tasks._running[0])
+    assert len(claims) == 1
+    with pytest.raises(RunError, match=r"Ray cannot run unit-0 \(Failed to set up .*no package at the given address\)"):
+        tasks.serve()

@@ -34,8 +34,25 @@ from pathlib import Path
 from typing import IO, Any
 
 NET = "10.201.0"
-TOOLS = {"ip": "iproute2", "sshd": "openssh-server", "ssh": "openssh-client", "nsenter": "util-linux"}
-START_SECONDS = 20.0
+TOOLS = {
+    "ip": "iproute2",
+    "sshd": "openssh-server",
+    "ssh": "openssh-client",
+    "ssh-keygen": "openssh-client",
+    "nsenter": "util-linux",
+    "unshare": "util-linux",
+    "setpriv": "util-linux",
+}
+# What makes a host a host of its own.
+SEPARATE = "unshare --net --uts --ipc --mount --pid --fork --kill-child --mount-proc".split()
+PROBE = """
+hostname probe
+mount -t tmpfs tmpfs /run
+ip link add switch type bridge
+ip link add node type veth peer name eth0
+"""
+# They only bound failures: a busy machine may need a minute.
+START_SECONDS = 120.0
 # sshd is no child of this process, so the hosts' tools are found as a login would find them.
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # The first process of a host. It has the paths that must be the host's own, and ends only by SIGKILL; bash collects
@@ -70,12 +87,15 @@ def missing() -> str | None:
     """Why no cluster can be made here; None if it can."""
     if not sys.platform.startswith("linux") or os.geteuid() != 0:
         return "network namespaces need Linux and root"
-    absent = [package for tool, package in TOOLS.items() if shutil.which(tool, path=PATH) is None]
+    absent = sorted({package for tool, package in TOOLS.items() if shutil.which(tool, path=PATH) is None})
     if absent:
         return f"needs {', '.join(absent)} (apt-get install {' '.join(absent)})"
-    probe = ["unshare", "--net", "--mount", "ip", "link", "add", "probe", "type", "veth"]
-    attempt = subprocess.run(probe, stderr=subprocess.DEVNULL)
-    return None if attempt.returncode == 0 else "this machine allows no new network namespaces"
+    attempt = subprocess.run(
+        [*SEPARATE, "sh", "-ec", PROBE], env={"PATH": PATH}, stderr=subprocess.PIPE, text=True, errors="replace"
+    )
+    if attempt.returncode == 0:
+        return None
+    return f"this machine allows no hosts of namespaces ({' '.join(attempt.stderr.split())})"
 
 
 class Cluster:
@@ -175,7 +195,7 @@ class Cluster:
         *,
         cwd: Path | str | None = None,
         env: Mapping[str, str] | None = None,
-        timeout: float = 60,
+        timeout: float = 120,
     ) -> subprocess.CompletedProcess:
         """Run a command as `popen` starts it. Returns its exit code and output, as text.
 
@@ -310,10 +330,9 @@ class Cluster:
         (place / "sshd_config").write_text(SSHD_CONFIG.format(place=place))
 
     def _start_host(self, host: int) -> None:
-        separate = "unshare --net --uts --ipc --mount --pid --fork --kill-child --mount-proc".split()
         sshd = shutil.which("sshd", path=PATH)
         words = ["bash", "-c", FIRST_PROCESS, "-", self.name(host), str(self._place(host)), str(sshd)]
-        outer = self._start(separate + words)
+        outer = self._start(SEPARATE + words)
         # `unshare` waits for its one child, the host's first process, and kills it when it is ended itself.
         self._processes[-host] = outer
         _wait_until(lambda: _children(outer), f"{self.name(host)} does not start")

@@ -5,10 +5,11 @@
 #   bash tests/cluster/run.sh [--launcher colossalai|torchrun|slurm|ray|doctor] [--only WORD] [--quick] [--at_once N]
 #                             [--keep DIR] [--patience FACTOR] [--limit SECONDS] [--skip_if_missing]
 #
-# It takes about a quarter of an hour on two idle cores, --quick three minutes, and prints each cell when it is done. It
-# ends with code 1 if a cell is not as expected. It needs root, iproute2 and openssh-server; with slurm-wlm and munge
-# also Slurm is tested, with tcsh its login shell, and with requirements-ray.txt Ray. It installs nothing. --quick has the
-# cells whose outcome does not depend on the speed of the machine: each launcher trains, loses a host, gets SIGTERM.
+# It takes about a quarter of an hour on two idle cores, --quick three to four minutes. It prints each cell when done,
+# and ends with code 1 if a cell is not as expected. It needs root, iproute2 and openssh-server; with slurm-wlm and
+# munge also Slurm is tested, with tcsh its login shell, and with requirements-ray.txt Ray. It installs nothing. --quick
+# has the cells whose outcome does not depend on the speed of the machine: each launcher trains, loses a host, gets
+# SIGTERM; Ray loses a node.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then

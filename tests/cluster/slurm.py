@@ -39,7 +39,8 @@ JobAcctGatherType=jobacct_gather/none
 NodeName=node[1-{count}] CPUs=4 RealMemory=1000 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverTimeLimit=0
 """
-START_SECONDS = 30.0
+# It only bounds failures: a busy machine may need a minute.
+START_SECONDS = 120.0
 # Where proctrack/cgroup keeps the processes of a job; shared by all hosts, since cgroups know no namespaces here.
 FREEZER = Path("/sys/fs/cgroup/freezer")
 LINUXPROC, CGROUP = "proctrack/linuxproc", "proctrack/cgroup"
@@ -112,7 +113,7 @@ class Slurm:
             process = self._cluster.popen(
                 host, words, env=self.environment, cwd="/", stdin=nothing, stdout=nothing, stderr=nothing
             )
-            if process.wait(timeout=30):
+            if process.wait(timeout=START_SECONDS):
                 raise RuntimeError(f"{self._cluster.name(host)}: {' '.join(words)} ended with {process.returncode}")
 
     def _wait_for_nodes(self) -> None:

@@ -68,8 +68,8 @@ def parts(args: argparse.Namespace, folder: Path) -> list[Part]:
         for launcher, scenario in chosen:
             assert cells is not None
             found.append((f"{launcher}: {scenario.name}", _one_row(cells.run, launcher, scenario)))
-    if args.launcher in (None, RAY) and not args.quick:
-        rows = tuple(row for row in ray_nodes.ROWS if args.only in row.name)
+    if args.launcher in (None, RAY):
+        rows = ray_nodes.chosen(args.only, quick=args.quick)
         if rows:
             ray_table = partial(ray_nodes.RayTable, folder / "ray", args.patience, default_settings=args.ray_defaults)
             found.insert(1, (f"{RAY}: nodes", lambda: _ray_rows(ray_table, rows)))

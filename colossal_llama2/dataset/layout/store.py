@@ -4,6 +4,7 @@ While something is written, its name begins with `TEMPORARY`; the next run remov
 """
 
 import errno
+import filecmp
 import os
 import secrets
 import shutil
@@ -30,7 +31,10 @@ def temporary_beside(path: Path) -> Path:
 
 @contextmanager
 def appearing_folder(path: Path, *, needed_bytes: int) -> Iterator[Path]:
-    """Yield a new folder that gets the name `path` when it is complete. Raises RunError if the disk is full."""
+    """Yield a new folder that gets the name `path` when it is complete. Raises RunError if the disk is full.
+
+    A folder of this name stays if it has the same files: it is from another attempt.
+    """
     temporary = temporary_beside(path)
     try:
         with full_disk_reported(path, needed_bytes):
@@ -38,12 +42,31 @@ def appearing_folder(path: Path, *, needed_bytes: int) -> Iterator[Path]:
             open_to_umask(temporary)
             yield temporary
             sync(temporary)
-            # Left by a run that died before it could record that this is done.
-            discard(path)
-            os.replace(temporary, path)
+            _rename_folder(temporary, path)
             sync_entries(path.parent)
     finally:
         discard(temporary)
+
+
+def _rename_folder(temporary: Path, path: Path) -> None:
+    """Give a complete folder its final name, unless there is one with the same content."""
+    try:
+        os.rename(temporary, path)
+    except OSError:
+        # There is one, from a run that died before it could record it, or from another attempt at the same task. It is
+        # not replaced by its equal: meanwhile others may remove the temporary one, and nothing would be left.
+        if not _has_files_of(path, temporary):
+            discard(path)
+            os.rename(temporary, path)
+
+
+def _has_files_of(path: Path, other: Path) -> bool:
+    """Whether a folder has all files of another one, byte for byte."""
+    if path.is_symlink() or not path.is_dir():
+        return False
+    return all(
+        (path / file.name).is_file() and filecmp.cmp(path / file.name, file, shallow=False) for file in other.iterdir()
+    )
 
 
 @contextmanager

@@ -36,6 +36,7 @@ from colossal_llama2.dataset.write.document_marks import log_marks
 from colossal_llama2.dataset.write.executors import task_runner
 from colossal_llama2.dataset.write.overlap import count_overlaps
 from colossal_llama2.dataset.write.prepare_config import PrepareConfig
+from colossal_llama2.dataset.write.ray_node import SHARED_SECONDS
 from colossal_llama2.dataset.write.sample_lengths import warn_if_too_long
 from colossal_llama2.dataset.write.tokenization import FIRST_EXCHANGE_TOO_LONG, TRAINED_TOO_LONG, smallest_exchange
 from colossal_llama2.dataset.write.tokenize_chat import chat_tokenizer_of, smallest_conversation
@@ -150,6 +151,13 @@ def _report_finished(folders: OutputDirs, content: dict[str, Any], on_bad_file: 
     report_lost(written.get("lost_files", ()), on_bad_file=on_bad_file, output=folders.final_arrow)
 
 
+def _elsewhere(kind: str, name: str, missing: int, total: int, folder: str) -> RunError:
+    return RunError(
+        f"{counted(missing, kind)} of {total:,}, such as {name}, cannot be seen in {folder} after they were done; "
+        f"let all machines share this folder, {store.GO_ON}"
+    )
+
+
 @dataclass
 class _Run:
     """One command with its folders locked."""
@@ -180,12 +188,11 @@ class _Run:
         if not self.folders.is_being_published:
             encoder, self.sample = choose_encoder(self.tokenizer_dir, self.files, self.settings)
             self._do_units(encoder)
-            missing = [unit for unit in self.units if not is_done(self.folders.cache, unit)]
+            missing = self._unseen(
+                self.units, lambda unit: is_done(self.folders.cache, unit), waits=not self.execution.shard
+            )
             if missing and not self.execution.shard:
-                raise RunError(
-                    f"{counted(len(missing), 'unit')} of {len(self.units):,}, such as {missing[0].name}, cannot be "
-                    f"seen in {self.folders.cache} after they were done; let all machines share this folder"
-                )
+                raise _elsewhere("unit", missing[0].name, len(missing), len(self.units), str(self.folders.cache))
             if missing:
                 logs.get_logger().info(f"this share is done; other shares lack {counted(len(missing), 'unit')}")
                 return
@@ -195,6 +202,19 @@ class _Run:
                 return
             written = self._finish(content)
         report_lost(written.get("lost_files", ()), on_bad_file=self.on_bad_file, output=self.folders.final_arrow)
+
+    def _unseen(self, items: Sequence[Any], is_written: Callable[[Any], bool], *, waits: bool) -> list[Any]:
+        """Those of the items that are not written.
+
+        Args:
+            waits: whether all are done, perhaps on other nodes, whose files may appear here later.
+        """
+        end = time.monotonic() + (SHARED_SECONDS if waits and self.execution.executor == "ray" else 0)
+        missing = [item for item in items if not is_written(item)]
+        while missing and time.monotonic() < end:
+            time.sleep(1)
+            missing = [item for item in missing if not is_written(item)]
+        return missing
 
     def _remove_leftovers(self) -> None:
         count = self.folders.remove_leftovers()
@@ -258,9 +278,6 @@ class _Run:
         warn_of_many(ledger, self.files)
         self._check_enough(ledger, lost)
         bins = self._write_bins()
-        if self.execution.executor == "ray":
-            # Left by workers that were lost; others have done their tasks.
-            self.folders.remove_leftovers()
         kept = Tally(trained=sum(entry["trained"] for entry in bins))
         kept.masked = sum(entry["tokens"] for entry in bins) - kept.trained
         kept.predicted = sum(entry["predicted"] for entry in bins)
@@ -364,8 +381,19 @@ class _Run:
         ) as progress:
             for _ in self.run_tasks(write_bin, waiting):
                 progress.update()
+        self._check_seen(tasks)
+        if self.execution.executor == "ray":
+            # Left by workers that were lost; others have done their tasks. One of the lost may be at work here again.
+            self.folders.remove_leftovers()
+            self._check_seen(tasks)
         names = [self.settings.bin_name(number) for number in self.settings.all_bins]
         return [store.read_json(bins_module.bin_counts_file(paths["cache_dir"], name)) for name in names]
+
+    def _check_seen(self, tasks: list[BinTask]) -> None:
+        """Raise RunError unless all bins are in the output folders."""
+        if missing := self._unseen(tasks, self._is_written, waits=True):
+            folders = " and ".join(str(folder) for folder in (self.folders.arrow, self.folders.jsonl) if folder)
+            raise _elsewhere("bin", missing[0].name, len(missing), len(tasks), folders)
 
     def _is_written(self, task: BinTask) -> bool:
         name = self.settings.bin_name(task.number)

@@ -29,8 +29,8 @@ from colossal_llama2.plurals import counted
 if TYPE_CHECKING:
     import psutil
 
-# The second is also the time after which a connection ends whose other side does not confirm what was sent. By default
-# it is two minutes, in which no other node gets a task that Ray had offered to a host without connection.
+# The timeout also limits how long Ray waits for a host to acknowledge what it was sent. By default that is two minutes,
+# in which a task that was offered to a host without connection goes to no other node.
 RAY_VARIABLES = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_grpc_client_keepalive_timeout_ms": "20000"}
 # Independent of where this file is in the package.
 PACKAGE = Path(colossal_llama2.__file__).resolve().parent
@@ -43,8 +43,10 @@ LOOK_SECONDS = 2.0
 # How long tasks wait for a node with cores: at first, when a cluster may be growing, and after all nodes were lost.
 FIRST_CORES_SECONDS = 600.0
 LOST_CORES_SECONDS = 60.0
-# After a node was lost, a task that no other node has begun for so long may have been on its way to it.
-DOUBT_SECONDS = 30.0
+WARN_CORES_SECONDS = 10.0
+# After a node was lost, a task that no other node has begun for so long may have been on its way to it. NFS may show a
+# new file to other machines only a minute later.
+DOUBT_SECONDS = 90.0
 MAX_NAMED = 4
 GO_ON = "run the same command again, and it continues where it stopped"
 
@@ -220,7 +222,12 @@ class _Tasks:
             task.error = error.cause if is_expected else RuntimeError(str(error))
             self._unclaim(task)
         except self._ray.exceptions.RayError as error:
-            self._repeat(task, " ".join(str(error).split()))
+            text = " ".join(str(error).split())
+            if self._is_final(error):
+                task.error = RunError(f"Ray cannot run {task.request.task.name} ({text}); {GO_ON}")
+                self._unclaim(task)
+            else:
+                self._repeat(task, text)
         else:
             self._unclaim(task)
             self._running.remove(task)
@@ -229,8 +236,17 @@ class _Tasks:
                 self._look()
             self._connection.send(Report(self._nodes.slots, result, node))
 
-    def _repeat(self, task: _Task, reason: str) -> None:
-        """Start a task again, or give up."""
+    def _is_final(self, error: Exception) -> bool:
+        """Whether each further attempt would fail as well, since no worker or node was lost."""
+        kinds = self._ray.exceptions
+        return isinstance(error, (kinds.AuthenticationError, kinds.RuntimeEnvSetupError, kinds.TaskUnschedulableError))
+
+    def _repeat(self, task: _Task, reason: str, *, waits: bool = True) -> None:
+        """Start a task again, or give up.
+
+        Args:
+            waits: whether to wait before, if it was lost more than once.
+        """
         self._unclaim(task)
         self._is_loss_unexplained = True
         task.lost += 1
@@ -239,7 +255,8 @@ class _Tasks:
             return
         self._lost.append(task.request.task.name)
         # Such as after a lack of memory, which takes time to end. The first time, another node can start at once.
-        time.sleep(min(task.lost - 1, LOOK_SECONDS))
+        if waits:
+            time.sleep(min(task.lost - 1, LOOK_SECONDS))
         self._start(task)
 
     def _look(self) -> None:
@@ -248,25 +265,32 @@ class _Tasks:
         self._repeat_lost(is_new=bool(lost))
         self._is_loss_unexplained &= not lost
         nodes = tuple(f"the Ray node {node} is lost" for node in lost)
-        self._connection.send(Report(self._nodes.slots, warnings=nodes + self._losses()))
+        warnings = nodes + self._losses() + self._nodes.take_warnings()
+        self._connection.send(Report(self._nodes.slots, warnings=warnings))
         self._next_look = time.monotonic() + LOOK_SECONDS
 
     def _repeat_lost(self, *, is_new: bool) -> None:
         """Repeat the tasks of lost nodes. Those of a killed process end with an error, but others never end."""
         now = time.monotonic()
-        for task in [task for task in self._running if task.error is None]:
-            if is_new and task.doubtful_since is None:
-                task.doubtful_since = now
-            if task.doubtful_since is None:
-                continue
-            node = claimed_by(task.claim)
+        running = [task for task in self._running if task.error is None]
+        if is_new:
+            for task in running:
+                if task.doubtful_since is None:
+                    task.doubtful_since = now
+        doubtful = [task for task in running if task.doubtful_since is not None]
+        claims = _existing(task.claim for task in doubtful)
+        for task in doubtful:
+            assert task.doubtful_since is not None
+            node = claimed_by(task.claim) if task.claim in claims else None
             if node in self._nodes.lost:
-                self._repeat(task, "its node is lost")
+                # One after the other, they would keep the command waiting.
+                self._repeat(task, "its node is lost", waits=False)
             elif node is not None:
                 task.doubtful_since = None
             elif now - task.doubtful_since > DOUBT_SECONDS:
                 # It may also be waiting for a core. Then nothing is lost, and it must not be done twice.
                 self._ray.cancel(task.reference)
+                self._unclaim(task)
                 self._start(task)
 
     def _losses(self) -> tuple[str, ...]:
@@ -290,6 +314,8 @@ class _Nodes:
         self._alive: dict[str, str] = {}
         self._has_had_cores = False
         self._without_cores_since: float | None = None
+        self._has_warned = False
+        self._warnings: list[str] = []
         self.slots = TASKS_AHEAD
         self.lost: set[str] = set()
 
@@ -311,17 +337,36 @@ class _Nodes:
         self._check_cores(cores, is_busy)
         return lost
 
+    def take_warnings(self) -> tuple[str, ...]:
+        """The warnings since the last call."""
+        warnings, self._warnings = self._warnings, []
+        return tuple(warnings)
+
     def _check_cores(self, cores: int, is_busy: bool) -> None:
         if cores or not is_busy:
             self._has_had_cores |= cores > 0
-            self._without_cores_since = None
+            self._without_cores_since, self._has_warned = None, False
             return
         now = time.monotonic()
         if self._without_cores_since is None:
             self._without_cores_since = now
         limit = LOST_CORES_SECONDS if self._has_had_cores else FIRST_CORES_SECONDS
-        if now - self._without_cores_since > limit:
+        waited = now - self._without_cores_since
+        if waited > limit:
             raise RunError(f"the Ray cluster has had no node with a core for {limit:g} s; start nodes, and {GO_ON}")
+        if waited >= WARN_CORES_SECONDS and not self._has_warned:
+            self._has_warned = True
+            self._warnings.append(f"the Ray cluster has no node with a core; start nodes within {limit:g} s")
+
+
+def _existing(paths: Iterable[Path]) -> set[Path]:
+    """Those of the files that exist. Only lists their folders: NFS remembers that a file was missing for a minute."""
+    wanted = set(paths)
+    found: set[Path] = set()
+    for folder in {path.parent for path in wanted}:
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:
+            found |= {folder / entry.name for entry in entries}
+    return wanted & found
 
 
 def _some(names: Iterable[str]) -> str:
