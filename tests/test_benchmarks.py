@@ -112,8 +112,8 @@ BENCHMARKS = {
     "bench_checkpoints": Benchmark(
         "--smallest",
         """
-        MB per rank model held file loading ratio held file saving ratio
-        # M, zero2 # # # # # # # # #
+        MB per rank model held file loading ratio held file saving ratio resuming ratio
+        # M, zero2 # # # # # # # # # # #
         """,
     ),
     "bench_operations": Benchmark(

@@ -241,10 +241,12 @@ def test_a_model_without_a_tokenizer_has_no_tasks(flags, run_forked, tmp_path, m
 def test_long_prompts_are_refused_before_the_weights_are_read(flags, sets, run_forked, tmp_path):
     words = [*flags, "--eval_tasks", f"icl,mmlu={sets / 'mmlu'}", "--dry_run"]
     process = run_forked("train.py", *words, "--max_length", 64, cwd=tmp_path)
-    assert_refused(process, "--eval_tasks icl: 133 prompts of 200 longer than --max_length 64: up to 70 tokens; give a")
+    assert_refused(
+        process, "--eval_tasks icl: 133 of 200 prompts exceed --max_length 64, the longest with 70 tokens; give a"
+    )
     process = run_forked("train.py", *words, cwd=tmp_path)
     cure = "give fewer examples with --eval_num_fewshot, or a larger --max_length, or leave mmlu out"
-    assert_refused(process, "--eval_tasks mmlu: 12 prompts of 12 longer than --max_length 128: up to", cure)
+    assert_refused(process, "--eval_tasks mmlu: 12 of 12 prompts exceed --max_length 128, the longest with ", cure)
     process = run_forked("train.py", *words, "--eval_num_fewshot", 0, "--eval_limit", 7, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert "icl: 7 items of up to 70 tokens" in process.stderr and "mmlu: 7 items of up to " in process.stderr

@@ -41,6 +41,8 @@ if __name__ == "__main__":
     prepare_pretrain_dataset.main()
 """
 DEADLINE_SECONDS = 120
+# Runs in which a task is looked for.
+MAX_ATTEMPTS = 5
 
 
 @pytest.fixture(scope="module")
@@ -143,18 +145,23 @@ def kill_node_at(title: str, node, cluster, process: subprocess.Popen) -> None:
             worker.kill()
 
 
-def test_a_killed_node_s_units_and_bins_are_computed_again(cluster, inputs, tokenizer_dir, tmp_path, of_local):
-    # Both from the start: the bins may be written before Ray registers a node that joins later.
-    second, third = (cluster.add_node(**node_options()) for _ in range(2))
-    process = start(options(inputs, tokenizer_dir, tmp_path / "ray", ray_address=cluster.address), tmp_path)
-    kill_node_at("ray::do_unit", second, cluster, process)
-    kill_node_at("ray::write_bin", third, cluster, process)
+@pytest.mark.parametrize(("title", "lost"), [("ray::do_unit", "unit-"), ("ray::write_bin", "part-")])
+def test_the_task_of_a_killed_node_is_done_again(title, lost, cluster, inputs, tokenizer_dir, tmp_path, of_local):
+    node = cluster.add_node(**node_options())
+    for attempt in range(MAX_ATTEMPTS):
+        folder = tmp_path / f"output-{attempt}"
+        process = start(options(inputs, tokenizer_dir, folder, ray_address=cluster.address), tmp_path)
+        # A short task may begin and end between two looks, or on the other node.
+        with contextlib.suppress(AssertionError):
+            kill_node_at(title, node, cluster, process)
+            break
+    else:
+        pytest.fail(f"no {title} seen on the node in {MAX_ATTEMPTS} runs")
     out, err = process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode == 0, err
-    assert contents(tmp_path / "ray") == of_local
+    assert contents(folder) == of_local
     assert all("|" in line for line in err.splitlines()) and "ray" not in out + err, out + err
-    for lost in ("unit-", "part-"):
-        assert re.search(rf"WARNING: 1 task lost with a worker or node of Ray, done again: {lost}", err), err
+    assert re.search(rf"WARNING: 1 task lost with a worker or node of Ray, done again: {lost}", err), err
     assert re.search(r"\d+ tasks on 1 Ray node: \S+ \d+", err), err
 
 

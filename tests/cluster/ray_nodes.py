@@ -343,6 +343,8 @@ class RayTable:
 
     def __init__(self, folder: Path, patience: float, *, default_settings: bool = False) -> None:
         self._folder, self._patience, self._default_settings = folder, patience, default_settings
+        # Of an earlier attempt.
+        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         documents = tiny.english_documents()
         text = ["\n".join(documents[number : number + 40]) for number in range(0, 2000, 40)]

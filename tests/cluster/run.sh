@@ -3,7 +3,7 @@
 # let the doctor find faults. Prints a table of what happened:
 #
 #   bash tests/cluster/run.sh [--launcher colossalai|torchrun|slurm|ray|doctor] [--only WORD] [--quick] [--at_once N]
-#                             [--keep DIR] [--patience FACTOR] [--limit SECONDS] [--skip_if_missing]
+#                             [--keep DIR] [--patience FACTOR] [--repeats N] [--limit SECONDS] [--skip_if_missing]
 #
 # It takes about a quarter of an hour on two idle cores, --quick three to four minutes. It prints each cell when done,
 # and ends with code 1 if a cell is not as expected. It needs root, iproute2 and openssh-server; with slurm-wlm and

@@ -418,6 +418,11 @@ class Cells:
         started = time.monotonic()
         with Cluster(scenario.hosts) as cluster:
             log = self._folder / f"{name}.log"
+            # Of an earlier attempt.
+            log.unlink(missing_ok=True)
+            shutil.rmtree(self._folder / f"{name}-slurm", ignore_errors=True)
+            if (launcher, scenario) == first_cell() and self._undisturbed.done():
+                self._undisturbed = Future()
             job = Job(launcher, cluster, folder, log, patience=self._patience, nodes=scenario.hosts - scenario.spare)
             try:
                 if launcher == SLURM:

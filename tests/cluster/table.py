@@ -36,25 +36,37 @@ class Table:
         self.running: set[str] = set()
         self._lock = threading.Lock()
 
-    def fill(self, name: str, part: Callable[[], Iterator[list[str]]]) -> None:
-        """Add the rows of a part."""
+    def fill(self, name: str, part: Callable[[], Iterator[list[str]]], repeats: int) -> None:
+        """Add the rows of a part. If one is not as expected, the part runs again at most `repeats` times."""
         self.running.add(name)
-        try:
-            for row in part():
-                self._add(row)
-        except Exception as error:
-            self._add([*name.split(": ", 1), f"WRONG: {error!r}", "", ""])
+        rows = self._rows(name, part)
+        while repeats and any(map(_is_wrong, rows)):
+            print(f"{name}: once more", flush=True)
+            rows, repeats = self._rows(name, part), repeats - 1
+        with self._lock:
+            self.rows += rows
         self.running.discard(name)
 
     @property
     def failures(self) -> int:
         """How many rows are not as expected."""
-        return sum(row[2].startswith("WRONG") for row in self.rows)
+        return sum(map(_is_wrong, self.rows))
 
-    def _add(self, row: list[str]) -> None:
-        with self._lock:
-            self.rows.append(row)
-            print(" | ".join(row), flush=True)
+    def _rows(self, name: str, part: Callable[[], Iterator[list[str]]]) -> list[list[str]]:
+        """The rows of a part, each printed when it is done."""
+        found = []
+        try:
+            for row in part():
+                found.append(row)
+                print(" | ".join(row), flush=True)
+        except Exception as error:
+            found.append([*name.split(": ", 1), f"WRONG: {error!r}", "", ""])
+            print(" | ".join(found[-1]), flush=True)
+        return found
+
+
+def _is_wrong(row: list[str]) -> bool:
+    return row[2].startswith("WRONG")
 
 
 def parts(args: argparse.Namespace, folder: Path) -> list[Part]:
@@ -128,6 +140,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--patience", type=float, default=1.0, metavar="FACTOR", help="of all limits; for a busy machine"
     )
+    result.add_argument(
+        "--repeats", type=int, default=0, metavar="N", help="how often to repeat what is not as expected (default: 0)"
+    )
     result.add_argument("--ray_defaults", action="store_true", help="let Ray wait for lost hosts as long as by default")
     result.add_argument("--limit", type=float, metavar="SECONDS", help="end with code 1 after this time")
     result.add_argument(
@@ -156,7 +171,7 @@ def main() -> None:
         end_after(args.limit, table, folder)
     with ThreadPoolExecutor(args.at_once) as pool:
         for name, part in parts(args, folder):
-            pool.submit(table.fill, name, part)
+            pool.submit(table.fill, name, part, args.repeats)
     print()
     tables.print_table([HEADING, *sorted(table.rows, key=lambda row: row[0])], align="lllrr")
     print(f"{len(table.rows)} cells, {table.failures} not as expected, {time.monotonic() - started:.0f} s")

@@ -59,8 +59,8 @@ def _loaded(task: LogitTask, tokenizer: "PreTrainedTokenizerBase", model: ModelF
     if count:
         fewer = "fewer examples with --eval_num_fewshot, or " if task.num_fewshot else ""
         raise UserError(
-            f"--eval_tasks {task.name}: {count:,} of {counted(len(rows), 'prompt')} longer than --max_length "
-            f"{longest}, the longest with {most:,} tokens; give {fewer}a larger --max_length, or leave {task.name} out"
+            f"--eval_tasks {task.name}: {count:,} of {counted(len(rows), 'prompt')} exceed --max_length {longest}, the "
+            f"longest with {most:,} tokens; give {fewer}a larger --max_length, or leave {task.name} out"
         )
     logs.get_logger().info("%s: %s of up to %d tokens", task.name, counted(len(rows), "item"), most)
     for note, what in (("dropped_examples", "without some of its examples"), ("cut_tokens", "cut in front")):
