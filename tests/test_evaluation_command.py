@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -210,6 +211,19 @@ def test_a_text_that_is_longer_than_the_context_is_divided(loaded, sets):
     assert predicted < sum(record["predicted"] for record in whole)
     assert size < sum(record["bytes"] for record in whole)
     assert (whole[6]["bytes"], found[6]["bytes"]) == (len(" end."), len(" end."))
+
+
+def test_a_tokenizer_that_ends_each_text_has_the_same_items(model_dir, sets, tmp_path):
+    """Some have add_eos_token. A prompt goes on."""
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "add_eos_token": True}))
+    model, ending = load_model(str(folder), "cpu", dtype="fp32")
+    _, plain = load_model(str(model_dir), "cpu", dtype="fp32")
+    assert ending("a")["input_ids"] == [*plain("a")["input_ids"], ending.eos_token_id]
+    for task in (IclTask(seed=0, limit=9), read("mmlu", sets)):
+        rows = [task.prepare(model, tokenizer, str(folder)).rows for tokenizer in (ending, plain)]
+        assert [row.ids for row in rows[0]] == [row.ids for row in rows[1]]
 
 
 def test_numbers_that_overflow_are_a_fault(loaded, sets):

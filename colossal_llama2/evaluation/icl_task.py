@@ -96,7 +96,7 @@ class IclItems:
         mark = first_mark(tokenizer)
         opening = [] if mark is None else [mark]
         # How a colon and a line feed continue a text; a tokenizer may have other tokens for them at its beginning.
-        colon, line_feed = (tokenizer(f"a{mark}")["input_ids"][-1] for mark in (":", "\n"))
+        colon, line_feed = (tokenizer(f"a{sign}", add_special_tokens=False)["input_ids"][-1] for sign in (":", "\n"))
         self._probes = [
             make_probe(kind, tokens, f"{seed} {number}", (colon, line_feed)) for number, kind in enumerate(kinds)
         ]

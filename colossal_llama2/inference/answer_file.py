@@ -58,6 +58,7 @@ class AnswerFile:
             UserError: another process writes it, or has begun it with other settings.
         """
         self._settings[DTYPE] = dtype
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open_no_link(self._path, "ab")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -102,6 +102,10 @@ def text_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     """
     _check_characters(tokenizer, text)
     ids = list(tokenizer(text, split_special_tokens=True)["input_ids"])
+    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        # By add_eos_token of some tokenizers. The text goes on.
+        _log_once(f"{tokenizer.eos_token}, which the tokenizer puts behind every text, is left out of prompts")
+        del ids[-1]
     mark = first_mark(tokenizer)
     if mark is not None and ids[:1] != [mark]:
         _log_once(f"the prompt begins with {tokenizer.convert_ids_to_tokens(mark)}, as documents do in training")

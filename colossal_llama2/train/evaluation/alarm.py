@@ -27,7 +27,7 @@ class Alarm:
         """For the first figures: a sentence for each task whose accuracy cannot fall by more than its limit."""
         return [
             f"--forgetting_alarm {name}={limit:g}: accuracy on {name} is {figures[name][ACCURACY]:.1%} at first, so it "
-            f"cannot fall by more than {100 * limit:g} points; give a lower limit"
+            f"cannot fall by more than {100 * limit:g} points; give a lower limit, or leave it out if that is chance"
             for name, limit in self.limits.items()
             if figures.get(name, {}).get(ACCURACY, math.inf) <= limit
         ]
