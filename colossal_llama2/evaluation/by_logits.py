@@ -31,9 +31,7 @@ def next_logits(model: "LlamaForCausalLM", rows: Sequence[Sequence[int]]) -> "to
     import torch
 
     lengths = torch.tensor([len(row) for row in rows])
-    padded = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-    for place, row in enumerate(rows):
-        padded[place, : len(row)] = torch.tensor(row)
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     with torch.inference_mode():
         hidden = model.model(input_ids=padded.to(model.device), use_cache=False).last_hidden_state
         last = hidden[torch.arange(len(rows), device=hidden.device), (lengths - 1).to(hidden.device)]

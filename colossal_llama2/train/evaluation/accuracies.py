@@ -81,16 +81,16 @@ def accuracy_on(engine: "Engine", task: LoadedTask, collator: Collator, *, stop:
     The items are divided among the data-parallel ranks, which run the same number of forward passes. Called on all
     ranks. Training is unaffected.
     """
-    right = 0.0
+    right, width = 0.0, max(len(row.candidates) for row in task.rows)
     with engine.evaluating():
-        for rows, batch in _share(engine, task.rows, collator):
+        for rows, count, batch in _share(engine, task.rows, collator):
             # As in `summed_loss`.
             if agreed_signal(engine.sum_over_data(stop.received(), known_to_host=True)) is not None:
                 return None
-            logits = next_logits(engine, batch, _candidates(task.rows, rows, len(batch.lengths))).tolist()
+            logits = next_logits(engine, batch, _candidates(rows, width)).tolist()
             right += sum(
                 _is_right(task.items, row, of_row[: len(row.candidates)])
-                for row, of_row in zip(rows, logits, strict=False)
+                for row, of_row in zip(rows[:count], logits[:count], strict=True)
             )
     (total,) = engine.sum_over_data([right])
     # A whole number, unless it is NaN.
@@ -99,26 +99,24 @@ def accuracy_on(engine: "Engine", task: LoadedTask, collator: Collator, *, stop:
     return {ACCURACY: score.value, **errors, ITEMS: len(task.rows)}
 
 
-def _share(engine: "Engine", rows: Sequence[Row], collator: Collator) -> Iterator[tuple[Sequence[Row], Batch]]:
-    """This rank's micro batches, all of the same size, and the rows of each that count.
+def _share(engine: "Engine", rows: Sequence[Row], collator: Collator) -> Iterator[tuple[Sequence[Row], int, Batch]]:
+    """The rows of this rank's micro batches, all of the same size, how many of them count, and the batches.
 
-    The other rows repeat the last one, so that all ranks run the same forward passes.
+    Further rows repeat the last one, so that all ranks run the same forward passes.
     """
     size = engine.settings.micro_batch_size
     for start in range(0, len(rows), size * engine.data_size):
         begin = start + engine.data_rank * size
         own = rows[begin : begin + size]
         filled = [*own, *[rows[-1]] * (size - len(own))]
-        yield own, collator.of_prompts([row.ids for row in filled])
+        yield filled, len(own), collator.of_prompts([row.ids for row in filled])
 
 
-def _candidates(all_rows: Sequence[Row], rows: Sequence[Row], size: int) -> "torch.Tensor":
-    """(size, candidates) ids. Rows with fewer candidates repeat one, and rows that do not count have any."""
+def _candidates(rows: Sequence[Row], width: int) -> "torch.Tensor":
+    """(rows, width) ids. Rows with fewer candidates repeat one."""
     import torch
 
-    width = max(len(row.candidates) for row in all_rows)
-    filled = [*rows, *[all_rows[-1]] * (size - len(rows))]
-    ids = [[*row.candidates, *[row.candidates[0]] * (width - len(row.candidates))] for row in filled]
+    ids = [[*row.candidates, *[row.candidates[0]] * (width - len(row.candidates))] for row in rows]
     return torch.tensor(ids, dtype=torch.long)
 
 

@@ -160,7 +160,10 @@ class Evaluator(SilentEvaluator):
         figures: Figures = {}
         for measured in self._measured:
             start = time.monotonic()
-            found = self._accuracy(measured) if isinstance(measured, LoadedTask) else self._loss(measured)
+            if isinstance(measured, LoadedTask):
+                found = accuracy_on(self._engine, measured, self._collator, stop=self._stop)
+            else:
+                found = self._loss(measured)
             if found is None:
                 self._interrupt(step)
                 return None
@@ -181,9 +184,6 @@ class Evaluator(SilentEvaluator):
             self._log_answers(step, answers, time.monotonic() - start)
             self._reporter.answers(step, as_record(answers))
         return figures
-
-    def _accuracy(self, task: LoadedTask) -> dict[str, float] | None:
-        return accuracy_on(self._engine, task, self._collator, stop=self._stop)
 
     def _loss(self, eval_set: LoadedSet) -> dict[str, float] | None:
         """The figures of a set; None if a signal came. Raises UserError if nothing of it is predicted."""
