@@ -1,6 +1,6 @@
 """How a command ends when something is wrong: one line on stderr and a documented exit code.
 
-    2    invalid input (`UserError`, and argparse's own errors)
+    2    invalid input (`UserError`, argparse's own errors, and a file or folder that this user may not read or write)
     1    a fault at run time, such as a full disk (`RunError`, `OSError`)
     130  interrupted with Ctrl+C
     143  terminated (SIGTERM)
@@ -29,6 +29,7 @@ from colossal_llama2.terminal_text import one_line, printable, show, show_line
 
 DEBUG = "COLOSSAL_LLAMA2_DEBUG"
 REDELIVERY_SECONDS = 0.01
+PERMISSION_CURE = "; change its owner or its permissions, such as with chmod, or run as a user who has them"
 
 
 class UserError(Exception):
@@ -92,6 +93,10 @@ def one_line_errors(command: str) -> Iterator[None]:
         _end(command, str(error), code=1, reported_by=reported_by)
     except Stopped as stopped:
         _end(command, str(stopped), code=stopped.exit_code, kind="stopped")
+    except PermissionError as error:
+        # Restarting does not cure it. Of a rank that trained already, it is a fault of its host.
+        code = 1 if _ranks_are_connected() else 2
+        _end(command, f"{reason(error)}{PERMISSION_CURE}", code=code, reported_by=Reporters.EACH_IF_CONNECTED)
     except OSError as error:
         _end(command, reason(error), code=1, reported_by=Reporters.EACH_IF_CONNECTED)
     except KeyboardInterrupt:

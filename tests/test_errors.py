@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from colossal_llama2 import interrupts, launcher
+from colossal_llama2 import errors, interrupts, launcher
 from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.errors import RunError, UserError, one_line_errors
 from colossal_llama2.launcher import Place
@@ -52,6 +52,11 @@ def plain_process(monkeypatch):
         (UserError("two\n  lines"), 2, "tool.py: error: two lines"),
         (RunError("rank 1 was lost"), 1, "tool.py: error: rank 1 was lost"),
         (OSError(errno.ENOSPC, "No space left", "out/f"), 1, "tool.py: error: out/f: No space left"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "in/f"),
+            2,
+            f"tool.py: error: in/f: Permission denied{errors.PERMISSION_CURE}",
+        ),
         (OSError("the pipe broke"), 1, "tool.py: error: the pipe broke"),
         (KeyboardInterrupt(), 130, "tool.py: error: interrupted"),
     ],
@@ -151,6 +156,11 @@ def test_one_process_of_a_host_prints(monkeypatch, capsys):
         ("UserError('shared')", 2, ""),
         ("LaunchError('its own environment')", 2, "tool.py: error: rank 1: its own environment"),
         ("OSError(28, 'No space left')", 1, "tool.py: error: rank 1: No space left"),
+        (
+            "PermissionError(13, 'not allowed')",
+            1,
+            f"tool.py: error: rank 1: not allowed{errors.PERMISSION_CURE}",
+        ),
         ("ValueError('a bug')", 1, "ValueError: a bug"),
     ],
 )

@@ -338,7 +338,7 @@ def test_a_stopped_command_continues(finished, evaluate, sets, tmp_path):
     assert again.returncode == 0 and "loading" not in again.stderr
     assert again.stdout == done.stdout
     other = evaluate("--tasks", "icl", "--limit", "9", "--output_file", path)
-    assert other.returncode == 2 and "was begun with another tasks" in other.stderr
+    assert other.returncode == 2 and "was begun with the tasks " in other.stderr and "now icl; give" in other.stderr
     assert without_times(path) == without_times(finished[1] / "r.jsonl")
 
 

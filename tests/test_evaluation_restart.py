@@ -8,7 +8,7 @@ import pytest
 from colossal_llama2.cli.evaluation_flags import evaluation_parser
 from colossal_llama2.errors import UserError
 from colossal_llama2.evaluation.icl_task import IclTask
-from colossal_llama2.evaluation.run import run
+from colossal_llama2.evaluation.run import run, shortest_names
 from colossal_llama2.evaluation.settings import EvaluationSettings
 from tests import evaluation_files
 
@@ -49,8 +49,9 @@ def half_done(done, folder):
 @pytest.mark.parametrize(
     "tasks, backwards, message",
     [
-        (("cmmlu", "mmlu"), False, "was begun with another tasks"),
-        (("mmlu", "cmmlu"), True, "was begun with another models"),
+        (("cmmlu", "mmlu"), False, "was begun with the tasks mmlu, cmmlu, now cmmlu, mmlu; give"),
+        (("cmmlu",), False, "was begun with the tasks mmlu, cmmlu, now cmmlu; give"),
+        (("mmlu", "cmmlu"), True, "was begun with the models one, two, now two, one; give"),
     ],
 )
 def test_another_order_of_tasks_or_models_is_refused(evaluated, tasks, backwards, message, tmp_path):
@@ -60,6 +61,24 @@ def test_another_order_of_tasks_or_models_is_refused(evaluated, tasks, backwards
     with pytest.raises(UserError, match=message):
         evaluate(path, *tasks, backwards=backwards)
     assert path.read_bytes() == before
+
+
+def test_other_items_of_the_same_tasks_are_refused(evaluated, tmp_path):
+    evaluate, done = evaluated
+    path = half_done(done, tmp_path)
+    with pytest.raises(UserError, match=r"was begun with other items or examples of mmlu, cmmlu \(another --limit, "):
+        evaluate(path, "mmlu", "cmmlu", limit=3)
+
+
+def test_other_files_of_a_model_are_refused(evaluated, tmp_path):
+    evaluate, done = evaluated
+    path = half_done(done, tmp_path)
+    config = done.parent / "two" / "config.json"
+    before = config.read_bytes()
+    config.write_bytes(before + b"\n")
+    with pytest.raises(UserError, match="was begun with other files of two; give a new file, or the same input"):
+        evaluate(path, "mmlu", "cmmlu")
+    config.write_bytes(before)
 
 
 def test_a_line_of_another_task_is_refused(evaluated, tmp_path):
@@ -122,3 +141,24 @@ def test_a_file_that_is_half_done_is_continued(evaluated, tmp_path):
         for file in (path, done / "r.jsonl")
     )
     assert ours == whole and len(ours) == 8
+
+
+def test_a_model_is_evaluated_once(evaluated, tmp_path):
+    evaluate, done = evaluated
+    one = done.parent / "one"
+    (tmp_path / "link").symlink_to(one)
+    for again in (f"{one}/", tmp_path / "link"):
+        with pytest.raises(UserError, match=f"--model_path {one} and {again} are one folder; keep one"):
+            evaluate(tmp_path / "r.jsonl", "mmlu", model_path=[str(one), str(again)])
+
+
+@pytest.mark.parametrize(
+    "paths, names",
+    [
+        (["a/one", "a/two"], ["one", "two"]),
+        (["runs/a/modeling", "runs/b/modeling", "base"], ["a/modeling", "b/modeling", "base"]),
+        (["a/x/m", "b/x/m", "b/y/m"], ["a/x/m", "b/x/m", "y/m"]),
+    ],
+)
+def test_models_of_equal_names_have_as_much_of_their_paths_as_needed(paths, names):
+    assert shortest_names(paths) == names

@@ -1,19 +1,21 @@
 """The files of evaluation sets: what is read of each, how it is asked, and the error for what cannot be used."""
 
+import contextlib
 import json
+import os
 import re
 import shutil
 
 import pytest
 
-from colossal_llama2.errors import UserError
+from colossal_llama2.errors import PERMISSION_CURE, UserError, one_line_errors
 from colossal_llama2.evaluation.card import with_results
 from colossal_llama2.evaluation.question_task import QuestionTask
 from colossal_llama2.evaluation.report import print_results
 from colossal_llama2.evaluation.results import result_of
 from colossal_llama2.evaluation.sets.gsm8k import final_number
 from colossal_llama2.evaluation.sets.registry import SETS
-from colossal_llama2.evaluation.tasks import by_turns
+from colossal_llama2.evaluation.tasks import by_turns, read_tasks
 from colossal_llama2.evaluation.text_task import TextTask
 from colossal_llama2.task_names import SET_NAMES
 from tests import evaluation_files
@@ -274,7 +276,31 @@ BROKEN = {
         "cmmlu",
         "test/logical.csv",
         lambda path: replace(path, "1,Which", '1,"Which'),
-        "logical.csv:3: not CSV",
+        "logical.csv:3: not CSV (a quote that this row opens is never closed); correct the row",
+    ),
+    "a quote inside a quoted cell": (
+        "mmlu",
+        "test/logical_test.csv",
+        lambda path: replace(path, "Which of", '"Which "of'),
+        "logical_test.csv:1: not CSV (a quote inside a quoted cell must be written twice); correct the row",
+    ),
+    "one column": (
+        "mmlu",
+        "test/logical_test.csv",
+        lambda path: path.write_text("Which\n"),
+        "logical_test.csv:1: 1 column, 6 expected",
+    ),
+    "UTF-16": (
+        "ceval",
+        "val/logic_val.csv",
+        lambda path: path.write_text(path.read_text(), encoding="utf-16"),
+        "logic_val.csv:1: is UTF-16, not UTF-8; convert it, such as with iconv -f UTF-16 -t UTF-8",
+    ),
+    "a zero byte": (
+        "mmlu",
+        "test/logical_test.csv",
+        lambda path: replace(path, "follows 1", "follows \0"),
+        "logical_test.csv:2: has a zero byte",
     ),
     "jsonl that ends early": ("gsm8k", "test.jsonl", end_early, "test.jsonl:4: not JSON"),
     "json that ends early": (
@@ -326,6 +352,56 @@ BROKEN = {
         'train.jsonl:2: "answer" does not end with',
     ),
 }
+
+
+def test_questions_with_empty_or_equal_choices_are_counted_and_scored(tmp_path, caplog):
+    """The published sets have some."""
+    folder = evaluation_files.write_mmlu(tmp_path / "mmlu")
+    path = folder / "test" / "agronomy_test.csv"
+    replace(path, "?,1,2,3,4,A", "?,1,1,3,4,A")
+    replace(path, "?,2,3,4,5,B", "?,2,,4,5,B")
+    replace(path, "?,3,4,5,6,C", "?,3,4, 3,6,C")
+    with caplog.at_level("INFO"):
+        (task,) = read_tasks([("mmlu", folder)], num_fewshot=None, limit=None, seed=0)
+    assert len(task.subjects) == 12
+    assert f"mmlu: 1 question with an empty choice, scored as they are: {path}:2" in caplog.messages
+    assert f"mmlu: 2 questions with equal choices, scored as they are: {path}:1, {path}:3" in caplog.messages
+
+
+@pytest.mark.parametrize("hidden", ["test", "test/agronomy_test.csv"])
+def test_what_this_user_may_not_read_is_a_mistake_of_the_user(hidden, tmp_path, capsys):
+    folder = evaluation_files.write_mmlu(tmp_path / "mmlu")
+    (folder / hidden).chmod(0)
+    with (
+        as_ordinary_user(folder),
+        pytest.raises(SystemExit) as end,
+        one_line_errors("evaluation"),
+    ):
+        read_tasks([("mmlu", folder)], num_fewshot=None, limit=None, seed=0)
+    (folder / hidden).chmod(0o755)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and str(folder / hidden) in error and error.endswith(f"{PERMISSION_CURE}\n")
+
+
+@contextlib.contextmanager
+def as_ordinary_user(folder):
+    """Root may read everything, so another user who may read the folder, except what its owner may not."""
+    if os.geteuid() != 0:
+        yield
+        return
+    for path in (folder, *folder.rglob("*")):
+        if path.stat().st_mode & 0o400:
+            path.chmod(0o755)
+    opened = [path for path in folder.parents if path.stat().st_uid == 0 and not path.stat().st_mode & 1]
+    for path in opened:
+        path.chmod(path.stat().st_mode | 1)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        for path in opened:
+            path.chmod(path.stat().st_mode & ~1)
 
 
 @pytest.mark.parametrize("case", BROKEN)

@@ -13,19 +13,19 @@ several ranges has one more unit that computes its hash; other files are hashed 
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from colossal_llama2 import logs
 from colossal_llama2.corpus import file_kinds
 from colossal_llama2.corpus.file_kinds import LeftOut
 from colossal_llama2.errors import UserError
+from colossal_llama2.plurals import some
 from colossal_llama2.storage.files import check_is_utf8, is_stray
 from colossal_llama2.terminal_text import visible_line
 
 UNIT_BYTES = 4 << 20
 EMPTY_FILE = "is empty; move it away, or fetch it again if it should hold data"
 # File names shown in one log line.
-MAX_NAMED = 3
 
 
 class InputFile(NamedTuple):
@@ -183,12 +183,11 @@ def _named(left_out: Sequence[LeftOut]) -> str:
     by_kind: dict[tuple[str, str], list[str]] = {}
     for entry in left_out:
         by_kind.setdefault((entry.what, entry.cure), []).append(entry.path)
-    return "; ".join(f"{_some(paths)} ({what}; {cure})" for (what, cure), paths in by_kind.items())
+    return "; ".join(f"{_visible(paths)} ({what}; {cure})" for (what, cure), paths in by_kind.items())
 
 
-def _some(names: Sequence[Any]) -> str:
-    shown = ", ".join(visible_line(str(name)) for name in names[:MAX_NAMED])
-    return f"{shown} and {len(names) - MAX_NAMED:,} more" if len(names) > MAX_NAMED else shown
+def _visible(names: Iterable[str]) -> str:
+    return some([visible_line(name) for name in names])
 
 
 def _log_surprises(files: Iterable[InputFile]) -> None:
@@ -196,7 +195,7 @@ def _log_surprises(files: Iterable[InputFile]) -> None:
     found = ((file.path, file_kinds.surprise(Path(file.path).name, file.kind)) for file in files)
     surprises = [f"{path} ({surprise})" for path, surprise in found if surprise]
     if surprises:
-        logs.get_logger().info(f"read by content, which contradicts the file name: {_some(surprises)}")
+        logs.get_logger().info(f"read by content, which contradicts the file name: {_visible(surprises)}")
 
 
 def _source_names(folders: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ from colossal_llama2.errors import UserError
 from colossal_llama2.evaluation.by_logits import records_by_logits, records_of_logits
 from colossal_llama2.evaluation.choice_tokens import ChoiceTokens, find_choice_tokens
 from colossal_llama2.evaluation.sets.gsm8k import NEXT_QUESTION, final_number
-from colossal_llama2.evaluation.sets.questions import LETTERS, Question, QuestionSet
+from colossal_llama2.evaluation.sets.questions import LETTERS, Question, QuestionSet, doubtful_choices
 from colossal_llama2.evaluation.sets.registry import CHOICE, COMBINED, FINAL_NUMBER, EvaluationSet
 from colossal_llama2.evaluation.task import ACCURACY, Row, checked_finite
 from colossal_llama2.inference.generation import generate_tokens
@@ -17,7 +17,7 @@ from colossal_llama2.inference.settings import GenerationSettings
 from colossal_llama2.inference.streaming import TextStream
 from colossal_llama2.logs import get_logger
 from colossal_llama2.model.positions import positions_of
-from colossal_llama2.plurals import counted
+from colossal_llama2.plurals import counted, some
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +45,10 @@ class QuestionTask:
         }
         for reason, count in found.examples_left_out.items():
             get_logger().info(f"{name}: {counted(count, 'example')} {reason} left out")
+        for what, places in doubtful_choices(found.questions).items():
+            get_logger().info(
+                f"{name}: {counted(len(places), 'question')} with {what}, scored as they are: {some(places)}"
+            )
         fewer = [subject for subject, examples in self._examples.items() if len(examples) < num_fewshot]
         if fewer:
             most = max(len(self._examples[subject]) for subject in fewer)

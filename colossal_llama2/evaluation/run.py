@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     import torch
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
+CHANGED = {
+    "models": "other files of {}",
+    "tasks": "other items or examples of {} (another --limit, --num_fewshot or --seed, or other files)",
+}
+
 
 def run(settings: EvaluationSettings) -> None:
     """Evaluate all models on all tasks, print the table, and write what --output_file asks for.
@@ -58,14 +63,27 @@ class Model(NamedTuple):
 
 
 def _models(settings: EvaluationSettings) -> list[Model]:
-    """The models with names that differ: the last part of each path, or the whole path where that is not enough."""
-    last = [Path(path).absolute().name for path in settings.model_paths]
     found = []
-    for path, name in zip(settings.model_paths, last, strict=True):
+    for path, name in zip(settings.model_paths, shortest_names(settings.model_paths), strict=True):
         folder = loading.local_folder(path)
         loading.check_files(folder, given=path)
-        found.append(Model(path if last.count(name) > 1 else name, folder, path))
+        found.append(Model(name, folder, path))
     return found
+
+
+def shortest_names(paths: Sequence[str]) -> list[str]:
+    """The last part of each path, and of those that end alike as many more as make them differ."""
+    parts = [Path(path).absolute().parts for path in paths]
+
+    def name(place: int) -> str:
+        whole = parts[place]
+        others = [other for number, other in enumerate(parts) if number != place]
+        for count in range(1, len(whole) + 1):
+            if all(other[-count:] != whole[-count:] for other in others):
+                return str(Path(*whole[-count:]))
+        return paths[place]
+
+    return [name(place) for place in range(len(paths))]
 
 
 class _Job:
@@ -83,7 +101,7 @@ class _Job:
         self._file: AnswerFile | None = None
         if settings.output_file is not None:
             count = self._items * len(models)
-            self._file = AnswerFile(settings.output_file, self._decides, prompts=count, asked="item")
+            self._file = AnswerFile(settings.output_file, self._decides, prompts=count, asked="item", changed=CHANGED)
             self._check_precision(self._file.dtype, settings)
         self._records = self._earlier_records()
 

@@ -1,5 +1,6 @@
 """The settings of an evaluation: its flags as typed values."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,9 +52,11 @@ class EvaluationSettings:
         paths = flags["model_path"]
         for path in paths:
             refuse_missing_folder(path)
-        twice = next((path for place, path in enumerate(paths) if path in paths[:place]), None)
-        if twice:
-            raise UserError(f"--model_path has {twice} twice; keep one")
+        real = [os.path.realpath(path) if os.path.isdir(path) else path for path in paths]
+        for place, path in enumerate(paths):
+            before = real.index(real[place])
+            if before < place:
+                raise UserError(f"--model_path {paths[before]} and {path} are one folder; keep one")
         output_file = None if flags["output_file"] is None else Path(flags["output_file"])
         if output_file is not None:
             _check_output(output_file)

@@ -27,18 +27,28 @@ class AnswerFile:
         done: how many prompts have their line.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], *, prompts: int, asked: str = "prompt"):
+    def __init__(
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        *,
+        prompts: int,
+        asked: str = "prompt",
+        changed: Mapping[str, str] | None = None,
+    ):
         """
         Args:
             settings: what decides the answers. A file of other settings is refused. An entry "dtype" of None stands for
                 any, and is then the one of the file.
             prompts: how many there are.
             asked: what one is called in messages.
+            changed: for the settings that are lists of a name and a hash, the message for names, put in place of {},
+                whose hash was another.
 
         Raises:
             UserError: the path cannot be written, or is not a file of these settings.
         """
-        self._path, self._settings = path, dict(settings)
+        self._path, self._settings, self._changed = path, dict(settings), changed or {}
         self._sidecar = settings_beside(path)
         self._file: IO[bytes] | None = None
         check_output_file(path, FLAG)
@@ -108,8 +118,8 @@ class AnswerFile:
         for name, value in self._settings.items():
             if before.get(name) != value:
                 raise UserError(
-                    f"{FLAG} {self._path} was begun with another {name}: {_short(before.get(name))}, now "
-                    f"{_short(value)}; give a new file, or the same input and settings"
+                    f"{FLAG} {self._path} was begun with {self._difference(name, before.get(name), value)}; give a new "
+                    "file, or the same input and settings"
                 )
         lines = self._whole_bytes().split(b"\n")[:-1]
         if len(lines) > self._prompts:
@@ -123,6 +133,15 @@ class AnswerFile:
                     f"{self._path}:{number}: is not the answer to {self._asked} {number:,}; give a new file"
                 )
         return len(lines)
+
+    def _difference(self, name: str, before: Any, now: Any) -> str:
+        """What of a setting was different; of a list of names with hashes, only the names."""
+        if name in self._changed and isinstance(before, list) and all(isinstance(pair, list) for pair in before):
+            names, names_now = ([str(pair[0]) for pair in pairs if pair] for pairs in (before, now))
+            if names != names_now:
+                return f"the {name} {', '.join(names)}, now {', '.join(names_now)}"
+            return self._changed[name].format(", ".join(pair[0] for pair in now if pair not in before))
+        return f"another {name}: {_short(before)}, now {_short(now)}"
 
     def _whole_bytes(self) -> bytes:
         """The lines that have been written to their end."""

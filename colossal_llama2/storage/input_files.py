@@ -10,7 +10,7 @@ import os
 import stat
 from pathlib import Path
 
-from colossal_llama2.errors import UserError
+from colossal_llama2.errors import PERMISSION_CURE, UserError
 from colossal_llama2.storage import json_input
 
 MIB = 2**20
@@ -30,10 +30,13 @@ def check_regular(path: Path, *, max_bytes: int = JSON_BYTES, allows_empty: bool
     """Check that a file can be opened and read to its end, without opening it.
 
     Raises:
-        UserError: it is missing, not a regular file, empty (unless `allows_empty`), or larger than `max_bytes`.
+        UserError: it is missing, not a regular file, empty (unless `allows_empty`), larger than `max_bytes`, or this
+            user may not read it.
     """
     try:
         found = os.stat(path)
+    except PermissionError:
+        raise UserError(f"{path.parent}: this user may not read it{PERMISSION_CURE}")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); copy it again from its source")
     if not stat.S_ISREG(found.st_mode):
@@ -47,6 +50,8 @@ def check_regular(path: Path, *, max_bytes: int = JSON_BYTES, allows_empty: bool
             f"{path}: has {found.st_size:,} bytes, at most {max_bytes:,} are allowed for such a file; "
             f"copy it again from its source"
         )
+    if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise UserError(f"{path}: this user may not read it{PERMISSION_CURE}")
 
 
 def is_regular(path: Path) -> bool:

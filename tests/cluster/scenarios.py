@@ -366,6 +366,7 @@ SCENARIOS = (
         (SLURM,),
         during=lambda job: job.signal_launch(signal.SIGUSR1),
         after=requeued,
+        seconds=RUN_SECONDS,
         same_weights=True,
     ),
     Scenario(
@@ -386,6 +387,7 @@ SCENARIOS = (
         (SLURM,),
         during=lambda job: job.signal_launch(signal.SIGUSR1),
         after=requeued,
+        seconds=RUN_SECONDS,
         proctrack=CGROUP,
         same_weights=True,
     ),

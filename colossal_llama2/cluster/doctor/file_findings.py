@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from colossal_llama2.cluster.doctor.finding import GIB, Finding, error, most_common, part_of, some, warning
+from colossal_llama2.cluster.doctor.finding import GIB, Finding, error, most_common, part_of, warning
 from colossal_llama2.cluster.doctor.survey import Probe, Question, Reply
+from colossal_llama2.plurals import some
 
 # Weights, fp32 weights and two moments of Adam, for a model stored in 2 bytes per weight.
 CHECKPOINT_TO_MODEL = 7

@@ -7,7 +7,6 @@ from typing import Any
 
 from colossal_llama2.cluster.doctor.survey import Reply
 
-FEW = 3
 GIB = 1 << 30
 
 
@@ -38,9 +37,3 @@ def part_of(reply: Reply, name: str) -> dict[str, Any]:
 def most_common(values: Sequence[Any]) -> Any:
     """The most frequent value, the first of several."""
     return Counter(values).most_common(1)[0][0] if values else None
-
-
-def some(names: Sequence[str]) -> str:
-    """A few of the names, and how many there are besides."""
-    shown = ", ".join(names[:FEW])
-    return shown if len(names) <= FEW else f"{shown} and {len(names) - FEW} more"

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from colossal_llama2.cluster.doctor.finding import Finding, error, most_common, part_of, some, warning
+from colossal_llama2.cluster.doctor.finding import Finding, error, most_common, part_of, warning
 from colossal_llama2.cluster.doctor.survey import Reply
-from colossal_llama2.plurals import counted
+from colossal_llama2.plurals import counted, some
 
 # NCCL's buffers for the processes of a host. Containers have 64 MiB by default.
 LEAST_SHARED_MEMORY = 1 << 30

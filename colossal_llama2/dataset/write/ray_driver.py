@@ -24,7 +24,7 @@ from colossal_llama2.dataset.layout.store import temporary_beside
 from colossal_llama2.dataset.write.local_workers import JOIN_SECONDS, TASKS_AHEAD, begin_worker
 from colossal_llama2.dataset.write.ray_node import Expected, claimed_by, run_on_node
 from colossal_llama2.errors import RunError, UserError
-from colossal_llama2.plurals import counted
+from colossal_llama2.plurals import counted, some
 
 if TYPE_CHECKING:
     import psutil
@@ -47,7 +47,6 @@ WARN_CORES_SECONDS = 10.0
 # After a node was lost, a task that no other node has begun for so long may have been on its way to it. NFS may show a
 # new file to other machines only a minute later.
 DOUBT_SECONDS = 90.0
-MAX_NAMED = 4
 GO_ON = "run the same command again, and it continues where it stopped"
 
 
@@ -298,7 +297,9 @@ class _Tasks:
         lost, self._lost = self._lost, []
         if not lost:
             return ()
-        return (f"{counted(len(lost), 'task')} lost with a worker or node of Ray, done again: {_some(lost)}",)
+        return (
+            f"{counted(len(lost), 'task')} lost with a worker or node of Ray, done again: {some(sorted(set(lost)))}",
+        )
 
 
 class _Nodes:
@@ -367,13 +368,6 @@ def _existing(paths: Iterable[Path]) -> set[Path]:
         with contextlib.suppress(OSError), os.scandir(folder) as entries:
             found |= {folder / entry.name for entry in entries}
     return wanted & found
-
-
-def _some(names: Iterable[str]) -> str:
-    """A few of the names, sorted, and how many more there are."""
-    found = sorted(set(names))
-    more = f" and {len(found) - MAX_NAMED:,} more" if len(found) > MAX_NAMED else ""
-    return ", ".join(found[:MAX_NAMED]) + more
 
 
 def kill_session(leader: int) -> None:

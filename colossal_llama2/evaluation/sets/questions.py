@@ -1,6 +1,6 @@
 """What the readers of all sets return: questions, examples to put before them, and what was left out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -56,3 +56,17 @@ def checked_letter(answer: str, where: str) -> str:
             f"{where}: the answer is {answer[:40]!r}, one of {', '.join(LETTERS)} allowed; correct the file"
         )
     return answer
+
+
+def doubtful_choices(questions: Iterable[Question]) -> dict[str, list[str]]:
+    """Where the questions are that have an empty choice, or two equal ones, by what they have.
+
+    The published sets have some, so they are scored all the same.
+    """
+    found: dict[str, list[str]] = {"an empty choice": [], "equal choices": []}
+    for question in questions:
+        if not all(choice.strip() for choice in question.choices):
+            found["an empty choice"].append(question.where)
+        elif len(set(question.choices)) < len(question.choices):
+            found["equal choices"].append(question.where)
+    return {what: places for what, places in found.items() if places}

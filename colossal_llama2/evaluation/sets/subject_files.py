@@ -6,6 +6,7 @@ from pathlib import Path
 from colossal_llama2.errors import UserError
 from colossal_llama2.evaluation.sets.questions import LETTERS, Question, QuestionSet, checked_letter
 from colossal_llama2.evaluation.sets.text_files import Row, files_of, folder_of
+from colossal_llama2.plurals import counted
 
 # Question, the four choices, answer.
 COLUMNS = 6
@@ -49,8 +50,8 @@ def read_subjects(
 def _question(row: Row, subject: str) -> Question:
     if len(row.cells) != COLUMNS:
         raise UserError(
-            f"{row.where}: {len(row.cells)} columns, {COLUMNS} expected (the question, {len(LETTERS)} choices, the "
-            "answer); only 4-choice questions can be scored"
+            f"{row.where}: {counted(len(row.cells), 'column')}, {COLUMNS} expected (the question, "
+            f"{len(LETTERS)} choices, the answer); only 4-choice questions can be scored"
         )
     text, *choices, answer = (cell.strip() for cell in row.cells)
     if not text:

@@ -1,5 +1,6 @@
 """Read the files of evaluation sets: CSV and folders, with errors that name the file and the line."""
 
+import codecs
 import csv
 import io
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from colossal_llama2.storage.input_files import JSON_BYTES, check_regular
 # The largest file of these sets has a few MB.
 MAX_BYTES = 256 << 20
 MAX_CELL = 1 << 24
+UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 class Row(NamedTuple):
@@ -46,10 +48,12 @@ def read_text(path: Path) -> str:
     """The text of a file in UTF-8, with or without a byte order mark.
 
     Raises:
-        UserError: it is missing, empty, too large, or not UTF-8, then with the line.
+        UserError: it is missing, empty, too large, or with the line, not UTF-8 or not a text.
     """
     check_readable(path, max_bytes=MAX_BYTES)
     content = path.read_bytes()
+    if content.startswith(UTF_16_MARKS):
+        raise UserError(f"{path}:1: is UTF-16, not UTF-8; convert it, such as with iconv -f UTF-16 -t UTF-8")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -58,6 +62,10 @@ def read_text(path: Path) -> str:
             f"{path}:{line}: not UTF-8 at byte {error.start + 1:,} of the file; convert it, such as with "
             f"iconv -f GB18030 -t UTF-8"
         )
+    zero = text.find("\0")
+    if zero >= 0:
+        line = text.count("\n", 0, zero) + 1
+        raise UserError(f"{path}:{line}: has a zero byte, so it is not a text; copy it again from its source")
     if not text.strip():
         raise UserError(f"{path}:1: has only blank lines; copy it again from its source")
     return text
@@ -78,7 +86,12 @@ def csv_rows(path: Path) -> list[Row]:
                 rows.append(Row(f"{path}:{line}", cells))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{path}:{line}: not CSV ({error}); copy the file again from its source")
+        # Python's messages for a quote that is opened and not closed, and for one that is closed within a cell.
+        cause = {
+            "unexpected end of data": "a quote that this row opens is never closed",
+            "',' expected after '\"'": "a quote inside a quoted cell must be written twice",
+        }.get(str(error), str(error))
+        raise UserError(f"{path}:{line}: not CSV ({cause}); correct the row, or copy the file again from its source")
     finally:
         csv.field_size_limit(before)
     if not rows:
