@@ -395,11 +395,13 @@ def as_ordinary_user(folder):
     opened = [path for path in folder.parents if path.stat().st_uid == 0 and not path.stat().st_mode & 1]
     for path in opened:
         path.chmod(path.stat().st_mode | 1)
+    os.setegid(65534)
     os.seteuid(65534)
     try:
         yield
     finally:
         os.seteuid(0)
+        os.setegid(0)
         for path in opened:
             path.chmod(path.stat().st_mode & ~1)
 

@@ -13,7 +13,7 @@ from typing import Any
 from colossal_llama2 import logs, plugin_names
 from colossal_llama2.engine import adam, loss_scale
 from colossal_llama2.engine.llama_policy import llama_policy
-from colossal_llama2.engine.patches import batched_operations, bug_fixes, gathered_states
+from colossal_llama2.engine.patches import batched_operations, bug_fixes, chunk_loading, gathered_states
 from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.engine.settings import EngineSettings
 
@@ -175,6 +175,7 @@ class Gemini(Plugin):
     def install_fixes(self) -> None:
         bug_fixes.install_for_gemini()
         gathered_states.install_for_gemini()
+        chunk_loading.install()
 
     def build(self, *, parameters: int, on_cpu: bool) -> Any:
         from colossalai.booster.plugin import GeminiPlugin

@@ -228,6 +228,19 @@ _TABLE = (
         "booster/plugin/gemini_plugin.py:211",
         "save_config_file(",
     ),
+    # chunk_loading.py
+    Patch(
+        "colossalai.booster.plugin.gemini_plugin:GeminiCheckpointIO.load_sharded_model",
+        "Gemini: each rank reads all weights, and every chunk is gathered on every rank once for each file",
+        "zero/gemini/gemini_ddp.py:754",
+        "get_temp_total_chunk_on_cuda(",
+    ),
+    Patch(
+        "colossalai.booster.plugin.gemini_plugin:GeminiCheckpointIO.load_unsharded_model",
+        "Gemini: each rank reads all weights, and gathers every chunk",
+        "zero/gemini/gemini_ddp.py:754",
+        "get_temp_total_chunk_on_cuda(",
+    ),
     # gathered_states.py
     _states(f"{_ZERO}.state_dict_shard", "zero/low_level/low_level_optim.py:899", "all_gather_into_flat_tensor_nd("),
     _states(

@@ -1,0 +1,92 @@
+"""One rank of a test job: a model loaded into Gemini's chunks by ColossalAI, and by engine/patches/chunk_loading.py.
+
+    torchrun --standalone --nproc_per_node 3 tests/loading_worker.py NAME.job
+
+NAME.job is JSON: {"name", "flags"}, flags of train.py --benchmark. Rank 0 writes NAME.json: "differing", the chunks of
+any rank that the two loaded differently, "chunks", how many each rank has, and "ours" and "theirs", the most resident
+memory that loading took on any rank besides the chunks.
+"""
+
+import ctypes
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from colossal_llama2 import launcher, logs
+from colossal_llama2.cli import train_flags
+from colossal_llama2.engine.patches import chunk_loading, patching
+from colossal_llama2.engine.process_group import launch, leave
+from colossal_llama2.engine.ranks import collectives
+from colossal_llama2.train import benchmark
+from colossal_llama2.train.settings.from_flags import resolve
+from colossal_llama2.train.stepping.stopping import NoSignals
+from tests.saving_worker import resident, return_freed_memory
+
+
+def chunks_of(model) -> list:
+    """All chunks of half precision and of master weights."""
+    manager = model.chunk_manager
+    return [*manager.get_chunks(model.fp16_params), *manager.get_chunks(model.fp32_params)]
+
+
+def peak_of_loading(engine, path: str) -> int:
+    """Load into chunks of zeros; the most memory that it took on a rank besides what the rank held."""
+    for chunk in chunks_of(engine.model):
+        chunk.payload.zero_()
+    engine.barrier()
+    ctypes.CDLL(None).malloc_trim(0)
+    # Resets VmHWM.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    engine._booster.load_model(engine.model, path)
+    return max(collectives.gather_values(resident("VmHWM") - before))
+
+
+def compare(engine, path: str) -> dict:
+    """Load in both ways."""
+    with patching.replaced({target: patching.original_of(target) for target in chunk_loading.TARGETS}):
+        # What is imported and allocated once is not counted.
+        peak_of_loading(engine, path)
+        theirs = peak_of_loading(engine, path)
+        wanted = [chunk.payload.clone() for chunk in chunks_of(engine.model)]
+    ours = peak_of_loading(engine, path)
+    found = [chunk.payload for chunk in chunks_of(engine.model)]
+    differing = [place for place, pair in enumerate(zip(wanted, found, strict=True)) if not pair[0].equal(pair[1])]
+    return {
+        "differing": collectives.gather_values(differing),
+        "zeros": collectives.gather_values([place for place, chunk in enumerate(found) if not chunk.any()]),
+        "chunks": len(found),
+        "ours": ours,
+        "theirs": theirs,
+    }
+
+
+def main() -> None:
+    """Load a model."""
+    path = Path(sys.argv[1])
+    return_freed_memory()
+    launcher.settle()
+    logs.configure_logging()
+    launch(seed=1024)
+    job = json.loads(path.read_text())
+    chunk_loading.PIECE_NUMBERS = 2**16
+    found = {}
+
+    def load_instead(parts, **options):
+        found.update(compare(parts.engine, job["model"]))
+        raise StopIteration
+
+    benchmark.measure = load_instead
+    try:
+        config = resolve(train_flags.train_parser().parse_args(job["flags"]))
+        benchmark.benchmark(config, config.benchmark, NoSignals())
+    except StopIteration:
+        if logs.is_first_rank():
+            path.with_suffix(".json").write_text(json.dumps(found))
+    leave()
+
+
+if __name__ == "__main__":
+    main()
