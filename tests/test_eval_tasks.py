@@ -11,6 +11,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from colossal_llama2.cli import train_flags
@@ -62,13 +63,14 @@ def copier(tmp_path_factory, tokenizer_dir):
     return shutil.copytree(tokenizer_dir, folder, dirs_exist_ok=True)
 
 
-def right_items(folder, dtype: str) -> dict:
+def figures_of_command(folder, dtype: str, items: int = ITEMS) -> dict:
     """The figures of python -m colossal_llama2.evaluation."""
     model, tokenizer = load_model(str(folder), "cpu", dtype=dtype)
-    task = IclTask(seed=0, limit=ITEMS)
+    task = IclTask(seed=0, limit=items)
     records = [record for some in records_of(model, tokenizer, str(folder), task, batch_size=None) for record in some]
     score = result_of("m", task, records).score
-    return {"accuracy": score.value, "standard_error": score.error, "items": score.items}
+    errors = {} if score.error is None else {"standard_error": score.error}
+    return {"accuracy": score.value, **errors, "items": score.items}
 
 
 @pytest.mark.parametrize("layout", ["fp32 ddp", "bf16 gemini", "fp32 3d tp2", "fp32 3d pp2"])
@@ -83,8 +85,70 @@ def test_a_model_that_copies_is_right_under_every_plugin(layout, copier, part, t
     records = train_log.read(tmp_path / "ckpt" / "train_log.jsonl")
     first, last = (record["evaluation"]["icl"] for record in records if "evaluation" in record)
     dtype = layout.split()[0]
-    assert first == right_items(copier, dtype) and first["accuracy"] > 0.6
-    assert last == right_items(job.model, dtype)
+    assert first == figures_of_command(copier, dtype) and first["accuracy"] > 0.6
+    assert last == figures_of_command(job.model, dtype)
+
+
+@pytest.fixture(scope="module")
+def short_runs(tmp_path_factory, copier, part):
+    """Runs of one or two steps on two ranks: name -> job."""
+    folder = tmp_path_factory.mktemp("short")
+    broken = folder / "broken"
+    shutil.copytree(copier, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][:] = 3e38
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    specs = []
+
+    def add(name, model, *flags, limit=9):
+        words = [*training_jobs.common_flags(folder / name, model, [part]), "--plugin", "zero2", "--max_length", 128]
+        words += ["--micro_batch_size", 4, "--lr", "1e-4", "--mixed_precision", "fp32", "--max_steps", 1, *flags]
+        tasks = ["--eval_tasks", "icl", "--eval_limit", limit] if limit else []
+        specs.append({"name": name, "script": "train.py", "flags": [*map(str, [*words, *tasks])]})
+
+    add("first", copier)
+    checkpoint = folder / "first" / "ckpt" / "epoch-0_step-1"
+    add("other limit", copier, "--load_checkpoint", checkpoint, "--max_steps", 2, limit=12)
+    add("no tasks", copier, "--load_checkpoint", checkpoint, "--max_steps", 2, limit=None)
+    add("one item", copier, limit=1)
+    add("bf16", copier, "--mixed_precision", "bf16", "--plugin", "3d")
+    add("overflowing", broken)
+    launch(folder, specs)
+    return {spec["name"]: training_jobs.finished(folder, spec) for spec in specs}
+
+
+def evaluations(job) -> list:
+    """What the last checkpoint records: the step and the figures of each evaluation."""
+    last = (job.folder / "ckpt" / "latest").read_text().strip()
+    found = json.loads((job.folder / "ckpt" / last / "running_states.json").read_text())["evaluations"]
+    return [(entry["step"], entry["figures"]) for entry in found]
+
+
+def test_a_resumed_run_with_other_items_is_compared_from_there(short_runs):
+    """Its first figures are those of other items."""
+    first, other, without = (short_runs[name] for name in ("first", "other limit", "no tasks"))
+    assert (first.error, other.error, without.error) == (None, None, None)
+    assert [(step, figures["icl"]["items"]) for step, figures in evaluations(first)] == [(0, 9), (1, 9)]
+    assert [(step, figures["icl"]["items"]) for step, figures in evaluations(other)] == [(1, 12), (2, 12)]
+    # Nothing is forgotten by a run that does not ask.
+    assert evaluations(without) == evaluations(first)
+
+
+@pytest.mark.parametrize("name, dtype, items", [("one item", "fp32", 1), ("bf16", "bf16", 9)])
+def test_fewer_items_than_ranks_and_half_precision(name, dtype, items, short_runs, copier):
+    job = short_runs[name]
+    assert job.error is None
+    (_, first), (_, last) = evaluations(job)
+    assert first["icl"] == figures_of_command(copier, dtype, items)
+    assert last["icl"] == figures_of_command(job.model, dtype, items)
+
+
+def test_logits_that_are_not_finite_have_no_accuracy(short_runs):
+    """An item that is not answered is not a wrong answer."""
+    records = train_log.read(short_runs["overflowing"].folder / "ckpt" / "train_log.jsonl")
+    figures = next(record["evaluation"]["icl"] for record in records if "evaluation" in record)
+    assert figures["accuracy"] is None or math.isnan(figures["accuracy"])
+    assert figures["items"] == 9
 
 
 @pytest.fixture(scope="module")

@@ -231,7 +231,7 @@ def test_evaluation_leaves_the_training_as_it_is(jobs, name):
     assert all(torch.equal(with_it[key], without[key]) for key in without)
 
 
-def right_items(folder: Path, mmlu: Path, dtype: str) -> dict[str, float]:
+def scores_of_command(folder: Path, mmlu: Path, dtype: str) -> dict[str, float]:
     """The accuracies of an exported model, by the code of python -m colossal_llama2.evaluation."""
     model, tokenizer = load_model(str(folder), "cpu", dtype=dtype)
     found = {}
@@ -246,7 +246,7 @@ def right_items(folder: Path, mmlu: Path, dtype: str) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def right_before(model_dir, mmlu):
     """The same of the model before it is trained, by precision."""
-    return {dtype: right_items(model_dir, mmlu, dtype) for dtype in ("fp32", "bf16")}
+    return {dtype: scores_of_command(model_dir, mmlu, dtype) for dtype in ("fp32", "bf16")}
 
 
 @pytest.mark.parametrize("name", [*FLOAT32_RUNS, *BFLOAT16_RUNS])
@@ -255,7 +255,7 @@ def test_accuracies_are_those_of_the_evaluation_command(jobs, right_before, mmlu
     entries = history(jobs[name])
     for entry, expected in (
         (entries[0], right_before[dtype]),
-        (entries[-1], right_items(jobs[name].model, mmlu, dtype)),
+        (entries[-1], scores_of_command(jobs[name].model, mmlu, dtype)),
     ):
         for task, score in expected.items():
             figures = entry["figures"][task]
@@ -297,7 +297,7 @@ def test_accuracies_are_in_the_card(jobs):
 def test_conversations_train_with_tasks_too(jobs, mmlu):
     """In plain text, as the command asks a model of train_sft.py."""
     last = history(jobs["chats"])[-1]["figures"]["icl"]["accuracy"]
-    assert last == right_items(jobs["chats"].model, mmlu, "fp32")["icl"].value
+    assert last == scores_of_command(jobs["chats"].model, mmlu, "fp32")["icl"].value
 
 
 def answers(job: Job) -> dict[int, list[dict]]:

@@ -248,6 +248,11 @@ def test_batches_hold_what_there_is_room_for():
     assert [len(batch.rows) for batch in batches_of(rows, Room(3, 1, 1), new_tokens=1)] == [3, 1, 1]
     assert [len(batch.rows) for batch in batches_of(rows, Room(None, 8, 1000), new_tokens=1)] == [2, 2, 1]
     assert [len(batch.rows) for batch in batches_of(rows, Room(None, 1000, 90), new_tokens=1)] == [2, 2, 1]
+    # The longest row has three tokens more than the shortest.
+    for padding, counts in ((0, [1, 1, 1, 1, 1]), (1, [2, 2, 1]), (2, [3, 1, 1]), (3, [4, 1])):
+        for most in (None, 8):
+            batches = batches_of(rows, Room(most, 1000, 1000, padding), new_tokens=1)
+            assert [len(batch.rows) for batch in batches] == counts, (padding, most)
 
 
 @pytest.mark.parametrize(

@@ -20,14 +20,24 @@ class Batch(NamedTuple):
 
 
 class Room(NamedTuple):
-    """How much is computed together: rows if given; else tokens that are computed, and tokens whose states are kept."""
+    """How much is computed together.
+
+    Attributes:
+        rows: if given, the most rows of a batch; the two numbers of tokens are then not used.
+        computed: the most tokens of a batch that are computed.
+        kept: the most tokens whose states are kept.
+        padding: the most tokens that a row is padded by; None for any number.
+    """
 
     rows: int | None
     computed: int
     kept: int
+    padding: int | None = None
 
-    def holds(self, rows: int, *, shared: int, longest: int, new_tokens: int) -> bool:
-        """Whether so many rows of at most `longest` tokens fit; one always does."""
+    def holds(self, rows: int, *, shared: int, longest: int, shortest: int, new_tokens: int) -> bool:
+        """Whether so many rows of these lengths in tokens fit; one always does."""
+        if rows > 1 and self.padding is not None and longest - shortest > self.padding:
+            return False
         if rows == 1 or self.rows is not None:
             return rows <= max(self.rows or 0, 1)
         return rows * (longest - shared) <= self.computed and rows * (longest + new_tokens) <= self.kept
@@ -39,8 +49,10 @@ def batches_of(rows: Sequence[Row], room: Room, *, new_tokens: int) -> list[Batc
     for shared, members in _groups(rows):
         batch: list[Row] = []
         for row in sorted(members, key=lambda row: (-len(row.ids), row.item)):
-            longest = len((batch or [row])[0].ids)
-            if batch and not room.holds(len(batch) + 1, shared=len(shared), longest=longest, new_tokens=new_tokens):
+            longest, shortest, count = len((batch or [row])[0].ids), len(row.ids), len(batch) + 1
+            if batch and not room.holds(
+                count, shared=len(shared), longest=longest, shortest=shortest, new_tokens=new_tokens
+            ):
                 found.append(Batch(shared, batch))
                 batch = []
             batch.append(row)

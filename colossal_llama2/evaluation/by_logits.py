@@ -5,7 +5,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from colossal_llama2.evaluation.task import LogitItems, Row
-from colossal_llama2.inference.prompt_batch import PromptBatch
+from colossal_llama2.inference.prompt_batch import cache_argument
 
 if TYPE_CHECKING:
     import torch
@@ -19,21 +19,27 @@ def records_by_logits(
 ) -> list[dict[str, Any]]:
     """The fields of the records of some rows, see `PreparedTask.compute`."""
     ids = [row.ids for row in rows]
-    logits = next_logits(model, ids) if shared is None else PromptBatch(model, ids, shared=shared).logits()
-    return records_of_logits(items, rows, logits)
+    return records_of_logits(items, rows, next_logits(model, ids, shared))
 
 
-def next_logits(model: "LlamaForCausalLM", rows: Sequence[Sequence[int]]) -> "torch.Tensor":
+def next_logits(
+    model: "LlamaForCausalLM", rows: Sequence[Sequence[int]], shared: "SharedStates | None" = None
+) -> "torch.Tensor":
     """(rows, vocabulary): of what follows each row, without states to continue them.
 
-    Padding behind a row is not seen by it, so no mask is needed, without which attention is faster.
+    Padding behind a row is not seen by it, so no mask of it is needed, without which attention is faster.
+
+    Args:
+        shared: states of what all rows begin with; each row is longer.
     """
     import torch
 
-    lengths = torch.tensor([len(row) for row in rows])
-    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    before = 0 if shared is None else len(shared.ids)
+    states = {"use_cache": False} if shared is None else {cache_argument(model): shared.for_rows(len(rows))}
+    lengths = torch.tensor([len(row) - before for row in rows])
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row[before:]) for row in rows], batch_first=True)
     with torch.inference_mode():
-        hidden = model.model(input_ids=padded.to(model.device), use_cache=False).last_hidden_state
+        hidden = model.model(input_ids=padded.to(model.device), **states).last_hidden_state
         last = hidden[torch.arange(len(rows), device=hidden.device), (lengths - 1).to(hidden.device)]
         return model.get_output_embeddings()(last)
 

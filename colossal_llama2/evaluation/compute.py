@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 # Tokens of a forward pass: more are not faster.
 COMPUTED_TOKENS = {"cpu": 2048, "cuda": 32768}
+# Tokens of padding that take a CPU as long as the operations of another forward pass. A GPU is not busy with few rows.
+CPU_PADDING = 32
 CPU_STATES_BYTES = 1 << 30
 # Of what is free on the GPU once the model is there: attention and logits need memory too.
 GPU_STATES_SHARE = 0.3
@@ -44,7 +46,8 @@ def records_of(
         UserError: the tokenizer cannot be used for the task.
     """
     prepared = task.prepare(model, tokenizer, folder)
-    batches = batches_of(prepared.rows, _room(model, batch_size), new_tokens=prepared.new_tokens)
+    room = _room(model, batch_size, is_continued=prepared.new_tokens > 1)
+    batches = batches_of(prepared.rows, room, new_tokens=prepared.new_tokens)
     computer, here = _Computer(model, prepared, task), launcher.place()
     before = 0
     for start in range(0, len(batches), here.world_size):
@@ -57,7 +60,8 @@ def records_of(
         before = after
 
 
-def _room(model: "LlamaForCausalLM", batch_size: int | None) -> Room:
+def _room(model: "LlamaForCausalLM", batch_size: int | None, *, is_continued: bool) -> Room:
+    """Rows that are continued token by token read all weights for each, so they are padded to be together."""
     import torch
 
     config, device = model.config, model.device
@@ -66,7 +70,8 @@ def _room(model: "LlamaForCausalLM", batch_size: int | None) -> Room:
     room = CPU_STATES_BYTES
     if device.type == "cuda":
         room = int(torch.cuda.mem_get_info(device)[0] * GPU_STATES_SHARE)
-    return Room(batch_size, COMPUTED_TOKENS[device.type], max(1, room // states))
+    padding = CPU_PADDING if device.type == "cpu" and not is_continued else None
+    return Room(batch_size, COMPUTED_TOKENS[device.type], max(1, room // states), padding)
 
 
 class _Computer:

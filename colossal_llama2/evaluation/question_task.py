@@ -123,7 +123,7 @@ class QuestionItems:
             if len(ids) <= room:
                 break
         notes = {"examples": len(kept), "dropped_examples": dropped, "cut_tokens": max(0, len(ids) - room)}
-        return Row(number, ids[-room:], (question.subject, len(kept)) if kept else None, notes, candidates)
+        return Row(number, ids[-room:], (question.subject, len(kept)), notes, candidates)
 
     def record(self, row: Row, logits: list[float]) -> dict[str, Any]:
         """See `LogitItems`. The candidates are the letters."""

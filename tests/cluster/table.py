@@ -169,9 +169,15 @@ def main() -> None:
     table = Table()
     if args.limit:
         end_after(args.limit, table, folder)
-    with ThreadPoolExecutor(args.at_once) as pool:
-        for name, part in parts(args, folder):
-            pool.submit(table.fill, name, part, args.repeats)
+    try:
+        with ThreadPoolExecutor(args.at_once) as pool:
+            for name, part in parts(args, folder):
+                pool.submit(table.fill, name, part, args.repeats)
+            pool.shutdown(wait=True)
+    except KeyboardInterrupt:
+        # Not an exception, which would wait for the cells. The hosts end with this process.
+        shutil.rmtree(folder, ignore_errors=True)
+        os._exit(130)
     print()
     tables.print_table([HEADING, *sorted(table.rows, key=lambda row: row[0])], align="lllrr")
     print(f"{len(table.rows)} cells, {table.failures} not as expected, {time.monotonic() - started:.0f} s")
