@@ -44,8 +44,7 @@ launch() {
             exit 0
         fi
     done
-    # Slurm has its own health checks, and its nodes need not reach each other by ssh.
-    if [[ $LAUNCHER != slurm && ${CHECK_HOSTS:-yes} != no ]]; then
+    if [[ ${CHECK_HOSTS:-yes} != no ]]; then
         python -m colossal_llama2.train.doctor --quick --hostfile "$HOSTFILE" --nproc_per_node "$NPROC_PER_NODE" \
             --master_port "$MASTER_PORT" --launcher "$LAUNCHER" "$script" "${arguments[@]}"
     fi

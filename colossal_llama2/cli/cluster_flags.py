@@ -9,7 +9,7 @@ SCRIPTS = ("train.py", "train_sft.py")
 # The default of torchrun and of colossalai run.
 DEFAULT_PORT = 29500
 MAX_PORT = 65535
-LAUNCHERS = ("colossalai", "torchrun")
+LAUNCHERS = ("colossalai", "torchrun", "slurm")
 
 
 def doctor_parser() -> CommandParser:
@@ -40,7 +40,8 @@ def doctor_parser() -> CommandParser:
         "--launcher",
         choices=LAUNCHERS,
         default=LAUNCHERS[0],
-        help="what is going to start the processes: colossalai run, which uses fabric; or torchrun over OpenSSH",
+        help="what is going to start the processes: colossalai run, which uses fabric; torchrun over OpenSSH; or srun, "
+        "inside of a Slurm job",
     )
     group.add(
         "--quick", action="store_true", help="print no table, and compare model and data by names and sizes alone"

@@ -166,7 +166,7 @@ def launcher_lines(path: Path | str, hosts: Sequence[Host], launcher: str) -> li
     Raises:
         HostfileError: a user or a port, which colossalai would look up as a part of the name.
     """
-    if launcher == "ssh":
+    if launcher != "colossalai":
         return [host.destination for host in hosts]
     mistakes = []
     for host in hosts:

@@ -3,9 +3,9 @@
     python -m colossal_llama2.train.doctor --hostfile hostfile --nproc_per_node 8 \\
         train.py --pretrained llama-2-7b-zh --dataset arrow/part-00000 --save_dir runs/first
 
-asks all hosts at once, over ssh and over fabric, the library of `colossalai run`; without --hostfile it checks this
-host alone. It prints a table of the hosts and ends with code 2 if there is an error, else with 0. It imports no torch,
-and leaves nothing behind.
+asks all hosts at once, over ssh and over fabric, the library of `colossalai run`, or by srun with --launcher slurm;
+without --hostfile it checks this host alone. It prints a table of the hosts and ends with code 2 if there is an error,
+else with 0. It imports no torch, and leaves nothing behind.
 
 --dist also starts the processes and lets them exchange data, over gloo and over NCCL where GPUs are, for at most
 --dist_seconds in all.
@@ -56,6 +56,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, given = parse(sys.argv[1:] if argv is None else argv)
     started = time.monotonic()
     with errors.one_line_errors("doctor"):
+        if args.dist and args.launcher == "slurm":
+            raise errors.UserError(
+                "--dist starts its processes over ssh, and --launcher slurm uses none; give --launcher torchrun where "
+                "the nodes reach each other by ssh, or leave --dist out"
+            )
         question = question_of(args, given)
         hosts = read_hosts(args)
         replies, found = examine(hosts, question, args.nproc_per_node)
@@ -82,7 +87,7 @@ def read_hosts(args: argparse.Namespace) -> list[Host]:
         return []
     try:
         hosts = list(read_and_resolve(args.hostfile))
-        launcher_lines(args.hostfile, hosts, "colossalai" if args.launcher == "colossalai" else "ssh")
+        launcher_lines(args.hostfile, hosts, _started_by(args))
         if args.nproc_per_node is not None:
             check_slots(args.hostfile, hosts, args.nproc_per_node)
     except HostfileError as error:
@@ -95,7 +100,7 @@ def read_hosts(args: argparse.Namespace) -> list[Host]:
 
 def question_of(args: argparse.Namespace, given: argparse.Namespace | None) -> Question:
     """What the hosts are asked, by the flags of the doctor and those given to the script."""
-    question = survey.here("colossalai" if args.launcher == "colossalai" else "ssh")
+    question = survey.here(_started_by(args))
     question = dataclasses.replace(
         question, port=args.master_port, hash_bytes=0 if args.quick else HASHED_BYTES, scripts=list(PARSERS)
     )
@@ -110,6 +115,11 @@ def question_of(args: argparse.Namespace, given: argparse.Namespace | None) -> Q
     return dataclasses.replace(
         question, paths=list(dict.fromkeys(paths)), save_dir=save_dir, lock_owner=lock_owner(save_dir)
     )
+
+
+def _started_by(args: argparse.Namespace) -> str:
+    """What starts the first process on another host."""
+    return "ssh" if args.launcher == "torchrun" else str(args.launcher)
 
 
 def _without_name(given: str) -> str:

@@ -253,12 +253,12 @@ def kill_second_rank(job: Job) -> None:
 
 SAVED = r"stopped: {} after step \d+, which is saved"
 SCENARIOS = (
-    Scenario("trains", 0, "Done: 96 steps", ALL, seconds=RUN_SECONDS, same_weights=True, is_quick=True),
-    Scenario("trains on 4 hosts", 0, "Done: 48 steps", ALL, hosts=4, seconds=RUN_SECONDS),
+    Scenario("trains", 0, "Done: 64 steps", ALL, seconds=RUN_SECONDS, same_weights=True, is_quick=True),
+    Scenario("trains on 4 hosts", 0, "Done: 32 steps", ALL, hosts=4, seconds=RUN_SECONDS),
     Scenario(
         "addresses only, CRLF, slots",
         0,
-        "Done: 96 steps",
+        "Done: 64 steps",
         (COLOSSALAI,),
         addresses_only,
         seconds=RUN_SECONDS,
@@ -266,8 +266,8 @@ SCENARIOS = (
     ),
     Scenario("no such host", 2, "error: 10.201.0.9: does not answer", before=address_without_host),
     Scenario("key refused", 2, "node2: refuses this user's key", before=lambda job: job.cluster.authorize(2, False)),
-    Scenario("folder empty", 2, "node2: .*colossal_llama2", before=lambda job: job.cluster.hide(2, job.folder)),
-    Scenario("no .venv", 2, "node2: has no .*python", before=lambda job: job.cluster.hide(2, ENVIRONMENT)),
+    Scenario("folder empty", 2, "node2: .*colossal_llama2", ALL, lambda job: job.cluster.hide(2, job.folder)),
+    Scenario("no .venv", 2, "node2: has no .*python", ALL, lambda job: job.cluster.hide(2, ENVIRONMENT)),
     Scenario(
         "login shell tcsh",
         2,
@@ -278,7 +278,7 @@ SCENARIOS = (
     Scenario(
         "login shell tcsh",
         0,
-        "Done: 96 steps",
+        "Done: 64 steps",
         (TORCHRUN,),
         lambda job: job.cluster.set_shell(2, "/usr/bin/tcsh"),
         seconds=RUN_SECONDS,
@@ -314,7 +314,7 @@ SCENARIOS = (
     Scenario(
         "rank killed, MAX_RESTARTS=2",
         0,
-        "Done: 96 steps",
+        "Done: 64 steps",
         (TORCHRUN,),
         before=lambda job: job.more.update(MAX_RESTARTS="2"),
         during=kill_second_rank,
@@ -323,6 +323,14 @@ SCENARIOS = (
     ),
     Scenario(
         "cable out", 1, "error: rank 1 on node2 died", during=lambda job: job.cluster.cut(2), after=one_host_continues
+    ),
+    Scenario(
+        "cable out, started on another host",
+        1,
+        "error: rank 1 on node3 died",
+        before=lambda job: write_hostfile(job, "node2", "node3"),
+        during=lambda job: job.cluster.cut(3),
+        hosts=3,
     ),
     Scenario("host off", 1, "error: rank 1 on node2 died", during=lambda job: job.cluster.kill(2), is_quick=True),
     Scenario(
@@ -372,7 +380,7 @@ SCENARIOS = (
     Scenario(
         "host off, requeued on another",
         0,
-        "Done: 96 steps",
+        "Done: 64 steps",
         (SLURM,),
         hosts=3,
         spare=1,

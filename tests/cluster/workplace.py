@@ -18,10 +18,10 @@ COPIES = {
     "train.example.sbatch": "train.sbatch",
 }
 LINKS = ("train.py", "train_sft.py", "colossal_llama2")
-# 96 steps on two ranks, which ends by itself if nothing ends it.
+# 64 steps on two ranks, which ends by itself if nothing ends it.
 FLAGS = (
     "--plugin zero2 --mixed_precision fp32 --max_length 64 --micro_batch_size 2 --warmup_steps 1 --dist_timeout 30 "
-    "--save_interval 10 --num_epochs 6"
+    "--save_interval 10 --num_epochs 4"
 ).split()
 
 

@@ -1,7 +1,8 @@
-"""Run a shell script on another host: by OpenSSH, and by fabric, with which `colossalai run` starts its processes.
+"""Run a shell script on another host: by OpenSSH, by fabric, with which `colossalai run` starts its processes, by srun.
 
-The two read the same ~/.ssh/config, but differ in keys, known hosts and more, so either may fail alone. Neither asks
-for a password. The script is sent on standard input of `sh`, so the login shell may be any, and no quoting is lost.
+OpenSSH and fabric read the same ~/.ssh/config, but differ in keys, known hosts and more, so either may fail alone.
+Neither asks for a password. The script is sent on standard input of `sh`, so the login shell may be any, and no quoting
+is lost.
 """
 
 import logging
@@ -84,6 +85,27 @@ def _too_slow(seconds: float) -> str:
         f"was reached, but did not report within {seconds:g} s; check there for a file system that hangs (df), and "
         "what its login shell runs"
     )
+
+
+def by_srun(host: Host, script: str, *, seconds: float) -> Answer:
+    """Run a script by `srun` on a node of the present Slurm job, for at most `seconds`."""
+    options = [f"--nodelist={host.name}", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1", "--export=ALL"]
+    try:
+        done = subprocess.run(
+            ["srun", *options, *SHELL.split()],
+            input=script.encode(errors="surrogateescape"),
+            capture_output=True,
+            timeout=seconds,
+        )
+    except FileNotFoundError:
+        return Answer(None, "cannot be reached, since this host has no srun; submit the job with sbatch train.sbatch")
+    except subprocess.TimeoutExpired:
+        return Answer(None, f"ran nothing within {seconds:g} s by srun; see sinfo and the log of slurmd there")
+    output = done.stdout.decode(errors="replace")
+    if output.strip():
+        return Answer(output)
+    trouble = _last_line(done.stderr.decode(errors="replace"))
+    return Answer(None, f"runs nothing by srun ({trouble}); see sinfo and the log of slurmd there")
 
 
 def by_here(script: str, *, seconds: float) -> Answer:

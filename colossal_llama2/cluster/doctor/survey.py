@@ -1,4 +1,4 @@
-"""Ask all hosts of a job for their reports, in parallel, over ssh and over the launcher's own library."""
+"""Ask all hosts of a job for their reports, in parallel: over ssh and over the launcher's own library, or by srun."""
 
 import fcntl
 import importlib.util
@@ -52,7 +52,7 @@ class Question:
         save_dir: the folder of the checkpoints.
         lock_owner: who has locked it: `host`, `pid`, `since`, `ending`.
         port: MASTER_PORT.
-        launcher: "colossalai" or "ssh": by what processes are going to be started there.
+        launcher: "colossalai", "ssh" or "slurm": by what processes are going to be started there.
     """
 
     folder: str
@@ -192,8 +192,10 @@ def ask_here(question: Question, probe: Probe | None) -> Reply:
 
 
 def _ask(host: Host, script: str, launcher: str, seconds: float) -> Reply:
-    reply = Reply(host, sent=time.time(), needs_ssh=not starts_without_ssh(host.name, launcher))
-    if reply.needs_ssh:
+    reply = Reply(host, sent=time.time(), needs_ssh=launcher != "slurm" and not starts_without_ssh(host.name, launcher))
+    if launcher == "slurm":
+        answer = remote.by_srun(host, script, seconds=seconds)
+    elif reply.needs_ssh:
         answer = remote.by_openssh(host, script, seconds=seconds)
         reply.ssh_problem = answer.problem
     else:
