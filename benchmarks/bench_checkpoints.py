@@ -13,8 +13,8 @@ pages of mapped files, which the system can drop at any time. Of the rank with t
     resuming  the peak while optimizer and master weights are read again; what is held and the files are those of saving
     ratio     of the peak to what is held and one file; 1.3 or less is the target
 
-The largest model needs 20 GiB. Files are written with a quarter of the weights' size, but the states of a parameter are never divided: the largest file
-has the moments of the embeddings.
+The largest model needs 20 GiB. Files are written with a quarter of the weights' size, but the states of a parameter are
+never divided: the largest file has the moments of the embeddings.
 """
 
 import json
