@@ -45,7 +45,10 @@ launch() {
         fi
     done
     if [[ ${CHECK_HOSTS:-yes} != no ]]; then
-        python -m colossal_llama2.train.doctor --quick --hostfile "$HOSTFILE" --nproc_per_node "$NPROC_PER_NODE" \
+        local -a hosts=(--hostfile "$HOSTFILE")
+        # It finds the nodes of the job itself.
+        if [[ $LAUNCHER == slurm ]]; then hosts=(); fi
+        python -m colossal_llama2.train.doctor --quick ${hosts[@]+"${hosts[@]}"} --nproc_per_node "$NPROC_PER_NODE" \
             --master_port "$MASTER_PORT" --launcher "$LAUNCHER" "$script" "${arguments[@]}"
     fi
     mkdir -p "$PARENT_SAVE_DIR" "$PARENT_TENSORBOARD_DIR" "$PARENT_CONFIG_FILE"

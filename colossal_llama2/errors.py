@@ -13,6 +13,7 @@ a launched job, including ranks that print no line: each may have failed in a di
 """
 
 import enum
+import errno
 import os
 import signal
 import sys
@@ -29,7 +30,7 @@ from colossal_llama2.terminal_text import one_line, printable, show, show_line
 
 DEBUG = "COLOSSAL_LLAMA2_DEBUG"
 REDELIVERY_SECONDS = 0.01
-PERMISSION_CURE = "; change its owner or its permissions, such as with chmod, or run as a user who has them"
+PERMISSION_CURE = "; correct its permissions (chmod, chown), or run as a user who has them"
 
 
 class UserError(Exception):
@@ -93,12 +94,12 @@ def one_line_errors(command: str) -> Iterator[None]:
         _end(command, str(error), code=1, reported_by=reported_by)
     except Stopped as stopped:
         _end(command, str(stopped), code=stopped.exit_code, kind="stopped")
-    except PermissionError as error:
-        # Restarting does not cure it. Of a rank that trained already, it is a fault of its host.
-        code = 1 if _ranks_are_connected() else 2
-        _end(command, f"{reason(error)}{PERMISSION_CURE}", code=code, reported_by=Reporters.EACH_IF_CONNECTED)
     except OSError as error:
-        _end(command, reason(error), code=1, reported_by=Reporters.EACH_IF_CONNECTED)
+        # What this user may not read or write is found before there is a process group, and a mistake like any other.
+        # Afterwards it is a fault of a host or of its file system.
+        is_mistake = error.errno == errno.EACCES and error.filename is not None and not _has_process_group()
+        cure, code = (PERMISSION_CURE, 2) if is_mistake else ("", 1)
+        _end(command, reason(error) + cure, code=code, reported_by=Reporters.EACH_IF_CONNECTED)
     except KeyboardInterrupt:
         _end(command, "interrupted", code=130)
     except _Terminated:
@@ -156,8 +157,12 @@ def _is_launched() -> bool:
 
 
 def _ranks_are_connected() -> bool:
+    return _is_launched() and _has_process_group()
+
+
+def _has_process_group() -> bool:
     distributed = sys.modules.get("torch.distributed")
-    return _is_launched() and distributed is not None and distributed.is_initialized()
+    return distributed is not None and distributed.is_initialized()
 
 
 def _end(

@@ -16,6 +16,7 @@ import pytest
 
 from colossal_llama2.cluster.doctor import exchange, host_report, remote, survey
 from colossal_llama2.cluster.doctor.findings import all_findings
+from colossal_llama2.cluster.doctor.remote import Answer
 from colossal_llama2.cluster.doctor.survey import Probe, Question, Reply
 from colossal_llama2.cluster.doctor.variables import findings as variable_findings
 from colossal_llama2.cluster.hostfile import Host
@@ -470,10 +471,54 @@ def test_mistakes_in_the_hostfile_and_in_flags_end_before_any_host_is_asked(run_
     assert second.startswith("doctor: error: hosts:2: 'localhost:9': 9 is an unlikely port of ssh")
     for words, message in (
         (["--dist_seconds", "0"], "--dist_seconds"),
+        (["--launcher", "slurm"], "this is not a Slurm job; submit it with sbatch train.sbatch"),
+        (["--launcher", "slurm", "--hostfile", "hosts"], "--hostfile has no effect with --launcher slurm"),
+        (["--launcher", "slurm", "--dist"], "--launcher slurm uses none; give --launcher torchrun and a --hostfile"),
         (["train.py", "--dataset", "a"], "--pretrained"),
     ):
         process = run_doctor(*words)
         assert process.returncode == 2 and len(process.stderr.splitlines()) == 1 and message in process.stderr
+
+
+@pytest.mark.parametrize(
+    "program, message",
+    [
+        (None, "cannot be asked, since this host has no srun; install Slurm's commands here"),
+        ("cat > input; echo it ran; env > variables", None),
+        (
+            "echo 'srun: error: Unable to create step: Invalid node name' >&2; exit 1",
+            "runs nothing by srun (srun: error: Unable to create step: Invalid node name); look at sinfo",
+        ),
+        (
+            "echo 'srun: Step creation temporarily disabled, retrying' >&2; exec sleep 30",
+            "runs nothing by srun within 1 s (srun: Step creation temporarily disabled, retrying); look at sinfo",
+        ),
+    ],
+    ids=["absent", "runs", "refuses", "waits"],
+)
+def test_a_node_of_a_slurm_job_is_asked_by_srun(program, message, tmp_path, monkeypatch):
+    """A script of the name is in place of srun, whose waiting and refusals it repeats."""
+    if program is not None:
+        (tmp_path / "srun").write_text(f"#!/bin/sh\nPATH=/usr/bin:/bin; cd {tmp_path}; echo $* > words\n{program}\n")
+        (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name, value in {
+        "SLURM_JOB_ID": "7",
+        "SLURM_GPUS": "16",
+        "SLURM_NTASKS": "16",
+        "SLURM_GPUS_PER_NODE": "8",
+    }.items():
+        monkeypatch.setenv(name, value)
+    answer = remote.by_srun(Host("node2"), "echo hello\n", seconds=1 if message and "within" in message else 20)
+    if message is not None:
+        assert answer.output is None and answer.problem.startswith(message)
+        return
+    assert answer == Answer("it ran\n") and (tmp_path / "input").read_text() == "echo hello\n"
+    assert "--nodelist=node2" in (tmp_path / "words").read_text()
+    # What the job has asked for all nodes is not asked of one.
+    variables = (tmp_path / "variables").read_text().splitlines()
+    assert "SLURM_GPUS_PER_NODE=8" in variables and "SLURM_JOB_ID=7" in variables
+    assert not any(line.startswith(("SLURM_GPUS=", "SLURM_NTASKS=")) for line in variables)
 
 
 def test_the_table_fits_80_columns():

@@ -129,6 +129,18 @@ def test_batches_and_shared_beginnings_change_nothing(loaded, sets):
         assert one["choice"] == other["choice"]
 
 
+@pytest.mark.parametrize("shots", [5, 0])
+def test_the_questions_of_a_subject_share_what_they_begin_with(loaded, sets, shots):
+    """Without examples, the introduction."""
+    model, tokenizer, folder = loaded
+    task = read("cmmlu", sets, shots)
+    batches = batches_of(task.prepare(model, tokenizer, str(folder)).rows, Room(None, 10**6, 10**6), new_tokens=1)
+    assert len(batches) == 2
+    for batch in batches:
+        text = tokenizer.decode(batch.shared, skip_special_tokens=True)
+        assert "的单项选择题，请直接给出正确答案的选项。" in text and text.count("答案：") == shots
+
+
 def test_examples_are_dropped_from_the_front_where_the_context_is_full(loaded, sets):
     model, _, _ = loaded
     task = read("mmlu", sets)

@@ -296,6 +296,12 @@ BROKEN = {
         lambda path: path.write_text(path.read_text(), encoding="utf-16"),
         "logic_val.csv:1: is UTF-16, not UTF-8; convert it, such as with iconv -f UTF-16 -t UTF-8",
     ),
+    "UTF-32": (
+        "ceval",
+        "val/logic_val.csv",
+        lambda path: path.write_text(path.read_text(), encoding="utf-32"),
+        "logic_val.csv:1: is UTF-32, not UTF-8; convert it, such as with iconv -f UTF-32 -t UTF-8",
+    ),
     "a zero byte": (
         "mmlu",
         "test/logical_test.csv",
@@ -364,8 +370,8 @@ def test_questions_with_empty_or_equal_choices_are_counted_and_scored(tmp_path, 
     with caplog.at_level("INFO"):
         (task,) = read_tasks([("mmlu", folder)], num_fewshot=None, limit=None, seed=0)
     assert len(task.subjects) == 12
-    assert f"mmlu: 1 question with an empty choice, scored as they are: {path}:2" in caplog.messages
-    assert f"mmlu: 2 questions with equal choices, scored as they are: {path}:1, {path}:3" in caplog.messages
+    assert f"mmlu: 1 question with an empty choice, scored unchanged: {path}:2" in caplog.messages
+    assert f"mmlu: 2 questions with equal choices, scored unchanged: {path}:1, {path}:3" in caplog.messages
 
 
 @pytest.mark.parametrize("hidden", ["test", "test/agronomy_test.csv"])

@@ -41,7 +41,7 @@ def doctor_parser() -> CommandParser:
         choices=LAUNCHERS,
         default=LAUNCHERS[0],
         help="what is going to start the processes: colossalai run, which uses fabric; torchrun over OpenSSH; or srun, "
-        "inside of a Slurm job",
+        "inside a Slurm job, whose nodes are checked",
     )
     group.add(
         "--quick", action="store_true", help="print no table, and compare model and data by names and sizes alone"

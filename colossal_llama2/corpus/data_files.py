@@ -18,14 +18,13 @@ from typing import NamedTuple
 from colossal_llama2 import logs
 from colossal_llama2.corpus import file_kinds
 from colossal_llama2.corpus.file_kinds import LeftOut
-from colossal_llama2.errors import UserError
+from colossal_llama2.errors import PERMISSION_CURE, UserError
 from colossal_llama2.plurals import some
 from colossal_llama2.storage.files import check_is_utf8, is_stray
 from colossal_llama2.terminal_text import visible_line
 
 UNIT_BYTES = 4 << 20
 EMPTY_FILE = "is empty; move it away, or fetch it again if it should hold data"
-# File names shown in one log line.
 
 
 class InputFile(NamedTuple):
@@ -208,7 +207,7 @@ def _entries(folder: Path) -> list[Path]:
     try:
         return sorted(folder.iterdir())
     except PermissionError:
-        raise UserError(f"--data_input_dirs: no permission to read {folder}; change its permissions")
+        raise UserError(f"--data_input_dirs {folder}: this user may not read it{PERMISSION_CURE}")
 
 
 def _refuse_copies(paths: Sequence[Path]) -> None:

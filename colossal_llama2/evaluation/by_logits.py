@@ -35,7 +35,9 @@ def next_logits(
     import torch
 
     before = 0 if shared is None else len(shared.ids)
-    states = {"use_cache": False} if shared is None else {cache_argument(model): shared.for_rows(len(rows))}
+    states: dict[str, Any] = {"use_cache": shared is not None}
+    if shared is not None:
+        states[cache_argument(model.model)] = shared.for_rows(len(rows))
     lengths = torch.tensor([len(row) - before for row in rows])
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row[before:]) for row in rows], batch_first=True)
     with torch.inference_mode():

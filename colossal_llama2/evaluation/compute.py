@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 # Tokens of a forward pass: more are not faster.
 COMPUTED_TOKENS = {"cpu": 2048, "cuda": 32768}
-# Tokens of padding that take a CPU as long as the operations of another forward pass. A GPU is not busy with few rows.
+# Most padding of a row, in tokens. On a CPU the operations of a forward pass take as long as about 32 tokens of it, and
+# with this limit padding and passes together take least for the questions of CMMLU, AGIEval and GAOKAO-Bench, of which
+# 16 to 64 are within 3 %. A GPU is not busy with few rows, so there is no limit.
 CPU_PADDING = 32
 CPU_STATES_BYTES = 1 << 30
 # Of what is free on the GPU once the model is there: attention and logits need memory too.

@@ -47,7 +47,7 @@ class QuestionTask:
             get_logger().info(f"{name}: {counted(count, 'example')} {reason} left out")
         for what, places in doubtful_choices(found.questions).items():
             get_logger().info(
-                f"{name}: {counted(len(places), 'question')} with {what}, scored as they are: {some(places)}"
+                f"{name}: {counted(len(places), 'question')} with {what}, scored unchanged: {some(places)}"
             )
         fewer = [subject for subject, examples in self._examples.items() if len(examples) < num_fewshot]
         if fewer:

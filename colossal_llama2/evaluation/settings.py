@@ -55,6 +55,8 @@ class EvaluationSettings:
         real = [os.path.realpath(path) if os.path.isdir(path) else path for path in paths]
         for place, path in enumerate(paths):
             before = real.index(real[place])
+            if before < place and paths[before] == path:
+                raise UserError(f"--model_path has {path} twice; keep one")
             if before < place:
                 raise UserError(f"--model_path {paths[before]} and {path} are one folder; keep one")
         output_file = None if flags["output_file"] is None else Path(flags["output_file"])

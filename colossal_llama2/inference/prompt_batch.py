@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaForCausalLM, PreTrainedModel
 
 
 class KeptStates:
@@ -61,7 +61,7 @@ class SharedStates:
         return cache
 
 
-def cache_argument(model: "LlamaForCausalLM") -> str:
+def cache_argument(model: "PreTrainedModel") -> str:
     """The argument of `forward` for keys and values: renamed in transformers 5.24, where the old name warns."""
     is_renamed = "cache" in inspect.signature(type(model).forward).parameters
     return "cache" if is_renamed else "past_key_values"

@@ -36,7 +36,7 @@ def check_regular(path: Path, *, max_bytes: int = JSON_BYTES, allows_empty: bool
     try:
         found = os.stat(path)
     except PermissionError:
-        raise UserError(f"{path.parent}: this user may not read it{PERMISSION_CURE}")
+        raise UserError(f"{path}: this user may not enter a folder above it{PERMISSION_CURE}")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); copy it again from its source")
     if not stat.S_ISREG(found.st_mode):

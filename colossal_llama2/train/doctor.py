@@ -38,6 +38,7 @@ from colossal_llama2.cluster.hostfile import (
     launcher_lines,
     read_and_resolve,
 )
+from colossal_llama2.cluster.launchers import slurm_hosts
 from colossal_llama2.plurals import counted
 from colossal_llama2.task_names import ICL
 from colossal_llama2.terminal_text import show, show_line
@@ -56,11 +57,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, given = parse(sys.argv[1:] if argv is None else argv)
     started = time.monotonic()
     with errors.one_line_errors("doctor"):
-        if args.dist and args.launcher == "slurm":
-            raise errors.UserError(
-                "--dist starts its processes over ssh, and --launcher slurm uses none; give --launcher torchrun where "
-                "the nodes reach each other by ssh, or leave --dist out"
-            )
         question = question_of(args, given)
         hosts = read_hosts(args)
         replies, found = examine(hosts, question, args.nproc_per_node)
@@ -82,7 +78,13 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, argparse.Namespace |
 
 
 def read_hosts(args: argparse.Namespace) -> list[Host]:
-    """The hosts of --hostfile, or none. Prints each mistake in it on a line of its own and exits with 2."""
+    """The hosts of --hostfile, or the nodes of the Slurm job, or none.
+
+    Prints each mistake in the file on a line of its own and exits with 2. Raises UserError for flags that exclude each
+    other.
+    """
+    if args.launcher == "slurm":
+        return _without_this(_nodes(args))
     if args.hostfile is None:
         return []
     try:
@@ -94,7 +96,22 @@ def read_hosts(args: argparse.Namespace) -> list[Host]:
         for line in error.lines:
             show_line(f"doctor: error: {line}", file=sys.stderr)
         raise SystemExit(2) from error
-    # Launchers need no ssh for it.
+    return _without_this(hosts)
+
+
+def _nodes(args: argparse.Namespace) -> list[Host]:
+    if args.hostfile is not None:
+        raise errors.UserError("--hostfile has no effect with --launcher slurm, which checks the nodes of the job")
+    if args.dist:
+        raise errors.UserError(
+            "--dist starts its processes over ssh, and --launcher slurm uses none; give --launcher torchrun and a "
+            "--hostfile where the nodes reach each other by ssh, or leave --dist out"
+        )
+    return slurm_hosts()
+
+
+def _without_this(hosts: list[Host]) -> list[Host]:
+    """No hosts if this one is the only one: launchers need no connection to it."""
     return [] if len(hosts) == 1 and is_this_host(hosts[0].name) else hosts
 
 

@@ -114,14 +114,15 @@ def _doctor_row(case: doctor_cases.Case, patience: float) -> list[str]:
     return [DOCTOR, name, f"WRONG: {wrong}: {line}" if wrong else "as expected", seconds, code]
 
 
-def end_after(seconds: float, table: Table, folder: Path) -> None:
+def end_after(seconds: float, table: Table, folder: Path, *, keeps: bool) -> None:
     """End this process with 1 after a time, naming what is not done. The hosts end with it."""
 
     def end() -> None:
         print(f"error: not done after {seconds:g} s: {', '.join(sorted(table.running))}", file=sys.stderr, flush=True)
         for log in sorted(folder.glob("*.log")):
             print(f"--- the end of {log.name}:\n{log.read_text(errors='replace')[-1000:]}", file=sys.stderr, flush=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        if not keeps:
+            shutil.rmtree(folder, ignore_errors=True)
         os._exit(1)
 
     timer = threading.Timer(seconds, end)
@@ -168,15 +169,16 @@ def main() -> None:
     tempfile.tempdir = str(folder.resolve())
     table = Table()
     if args.limit:
-        end_after(args.limit, table, folder)
+        end_after(args.limit, table, folder, keeps=args.keep is not None)
+    pool = ThreadPoolExecutor(args.at_once)
     try:
-        with ThreadPoolExecutor(args.at_once) as pool:
-            for name, part in parts(args, folder):
-                pool.submit(table.fill, name, part, args.repeats)
-            pool.shutdown(wait=True)
+        for name, part in parts(args, folder):
+            pool.submit(table.fill, name, part, args.repeats)
+        pool.shutdown()
     except KeyboardInterrupt:
-        # Not an exception, which would wait for the cells. The hosts end with this process.
-        shutil.rmtree(folder, ignore_errors=True)
+        # An exception would wait for the cells that run. The hosts end with this process.
+        if args.keep is None:
+            shutil.rmtree(folder, ignore_errors=True)
         os._exit(130)
     print()
     tables.print_table([HEADING, *sorted(table.rows, key=lambda row: row[0])], align="lllrr")

@@ -119,11 +119,11 @@ def port_findings(able: Sequence[Reply], replies: Sequence[Reply], question: Que
         if not problem or leads_elsewhere:
             continue
         if _seconds_together(replies[0], reply) < LEAST_SECONDS_TOGETHER:
-            yield warning(
-                reply.host.name,
-                f"could not be asked to connect to {master} on MASTER_PORT={question.port}, since ssh takes long to "
-                "log in there or on that host; look for slow DNS (UseDNS no in sshd_config)",
-            )
+            cause = "ssh takes long to log in there or on that host; look for slow DNS (UseDNS no in sshd_config)"
+            if question.launcher == "slurm":
+                cause = "srun takes long to start there or on that host; look at the log of slurmd"
+            asked = f"connect to {master} on MASTER_PORT={question.port}"
+            yield warning(reply.host.name, f"could not be asked to {asked}, since {cause}")
         else:
             yield error(
                 reply.host.name,

@@ -1,4 +1,4 @@
-"""Run a shell script on another host: by OpenSSH, by fabric, with which `colossalai run` starts its processes, by srun.
+"""Run a shell script on another host: by OpenSSH; by fabric, with which `colossalai run` starts its processes; by srun.
 
 OpenSSH and fabric read the same ~/.ssh/config, but differ in keys, known hosts and more, so either may fail alone.
 Neither asks for a password. The script is sent on standard input of `sh`, so the login shell may be any, and no quoting
@@ -6,6 +6,7 @@ is lost.
 """
 
 import logging
+import os
 import re
 import shlex
 import shutil
@@ -18,6 +19,11 @@ from colossal_llama2.cluster import ssh
 from colossal_llama2.cluster.hostfile import Host
 
 SHELL = "sh -s"
+# What the job has asked for all its nodes or tasks, and srun would ask for one: it reads these variables as its flags.
+SIZES_OF_A_STEP = re.compile(
+    r"SLURM_(NTASKS.*|NPROCS|NNODES|NUM_NODES|GPUS|GPUS_PER_(TASK|SOCKET)|CPUS_PER_(TASK|GPU)|TRES_PER_TASK|DISTRIBUTION)"
+)
+SRUN_END_SECONDS = 3.0
 LOGIN_REFUSED = r"account is (currently )?not available|nologin"
 MAX_REFUSAL = 500
 # What ssh and paramiko report, and what it means with the cure.
@@ -90,22 +96,32 @@ def _too_slow(seconds: float) -> str:
 def by_srun(host: Host, script: str, *, seconds: float) -> Answer:
     """Run a script by `srun` on a node of the present Slurm job, for at most `seconds`."""
     options = [f"--nodelist={host.name}", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1", "--export=ALL"]
+    # Beside a step that an interrupted command has left.
+    options += ["--overlap", "--mpi=none", "--job-name=doctor"]
+    variables = {name: value for name, value in os.environ.items() if not SIZES_OF_A_STEP.fullmatch(name)}
+    pipe = subprocess.PIPE
     try:
-        done = subprocess.run(
-            ["srun", *options, *SHELL.split()],
-            input=script.encode(errors="surrogateescape"),
-            capture_output=True,
-            timeout=seconds,
+        process = subprocess.Popen(
+            ["srun", *options, *SHELL.split()], env=variables, stdin=pipe, stdout=pipe, stderr=pipe
         )
     except FileNotFoundError:
-        return Answer(None, "cannot be reached, since this host has no srun; submit the job with sbatch train.sbatch")
+        return Answer(None, "cannot be asked, since this host has no srun; install Slurm's commands here")
+    limit = ""
+    try:
+        output, trouble = process.communicate(script.encode(errors="surrogateescape"), timeout=seconds)
     except subprocess.TimeoutExpired:
-        return Answer(None, f"ran nothing within {seconds:g} s by srun; see sinfo and the log of slurmd there")
-    output = done.stdout.decode(errors="replace")
+        limit = f" within {seconds:g} s"
+        # Unlike SIGKILL, it ends the step too.
+        process.terminate()
+        try:
+            output, trouble = process.communicate(timeout=SRUN_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output, trouble = process.communicate()
     if output.strip():
-        return Answer(output)
-    trouble = _last_line(done.stderr.decode(errors="replace"))
-    return Answer(None, f"runs nothing by srun ({trouble}); see sinfo and the log of slurmd there")
+        return Answer(output.decode(errors="replace"))
+    cause = _last_line(trouble.decode(errors="replace"))
+    return Answer(None, f"runs nothing by srun{limit} ({cause}); look at sinfo, and at the log of slurmd there")
 
 
 def by_here(script: str, *, seconds: float) -> Answer:

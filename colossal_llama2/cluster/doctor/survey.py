@@ -226,7 +226,7 @@ def _take_report(reply: Reply, answer: Answer) -> None:
                 reply.report = json.loads(line.removeprefix(MARK))
     if reply.report is None and answer.output is not None:
         last = [line.strip() for line in answer.output.splitlines() if line.strip()][-1:]
-        reply.problem = f"sent no report ({last[0] if last else 'no output'}); run a command there by ssh and read why"
+        reply.problem = f"sent no report ({last[0] if last else 'no output'}); run a command there and read why"
 
 
 def _request(question: Question, probe: Probe | None, hosts: Sequence[Host], number: int, token: str) -> dict:

@@ -10,7 +10,6 @@ wrap_only_to_reduce    3d: gradients are added several times if --zero 2 accumul
 gathered_weights       Gemini with automatic placement: refuses to evaluate before its first step
 fill_buckets           ZeRO: gradients of small models are exchanged wherever matrices and norms alternate
 skip_hidden_messages   Gemini: after each backward the host looks up the source line of a message that is not shown
-read_tied_by_two_names Gemini: refuses to load tied embeddings that are stored under both of their names
 sum_split_biases       3d, --sp_mode split_gather and ring: wrong gradients of the biases of o_proj and down_proj
 unrounded_buffers      every plugin in bf16 or fp16: rotary frequencies are rounded, and with them all positions
 norm_in_blocks         Gemini: the gradient norm of a large chunk is too low on the CPU, and so is clipping
@@ -39,7 +38,6 @@ def install() -> None:
 
 def install_for_gemini() -> None:
     """Apply the fixes that replace an attribute of Gemini. May be called again. Raises UserError as `install`."""
-    read_tied_by_two_names()
     norm_in_blocks()
     convert_into_chunks()
 
@@ -204,25 +202,6 @@ def skip_hidden_messages() -> None:
     for name in ("debug", "info", "warning", "error"):
         level = getattr(logging, name.upper())
         patching.install(f"colossalai.logging:DistributedLogger.{name}", functools.partial(only_if_shown, level=level))
-
-
-def read_tied_by_two_names() -> None:
-    """Make Gemini load a model whose tied embeddings are stored under both of their names.
-
-    zero/gemini/gemini_ddp.py:683 loads a parameter only under its first name, and line 817 refuses the second.
-    """
-    from colossal_llama2.model.tied_weights import OUTPUT_EMBEDDING
-
-    def by_first_name(load):
-        def load_by_first_name(self, state_dict, prefix, *args) -> None:
-            # Both callers pass a copy that nothing else uses: gemini_ddp.py:616 and checkpoint_io/utils.py:710.
-            if self.module.config.tie_word_embeddings:
-                state_dict.pop(prefix + OUTPUT_EMBEDDING, None)
-            load(self, state_dict, prefix, *args)
-
-        return load_by_first_name
-
-    patching.install("colossalai.zero:GeminiDDP._load_from_state_dict", by_first_name)
 
 
 def sum_split_biases() -> None:

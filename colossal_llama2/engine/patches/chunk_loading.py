@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from colossal_llama2.engine.patches import patching
+from colossal_llama2.errors import UserError
 from colossal_llama2.model.model_folder import WEIGHTS_FILE, weight_map
 
 if TYPE_CHECKING:
@@ -25,9 +26,10 @@ TARGETS = (f"{CHECKPOINT_IO}.load_sharded_model", f"{CHECKPOINT_IO}.load_unshard
 
 
 class OwnPart(NamedTuple):
-    """A tensor's name, and where its numbers go: from its number `begin` on, as many as `place` has."""
+    """A tensor's name and shape, and where its numbers go: from its number `begin` on, as many as `place` has."""
 
     name: str
+    shape: tuple[int, ...]
     begin: int
     place: "torch.Tensor"
 
@@ -40,11 +42,8 @@ def install() -> None:
 
 def _load(_: Any, gemini: Any, path: str | Path, *args: Any, **keywords: Any) -> None:
     """Called by ColossalAI with a safetensors file, or the index of several."""
-    path = Path(path)
-    if path.name == WEIGHTS_FILE:
-        read_own_parts(gemini, path.parent, None)
-    else:
-        read_own_parts(gemini, path.parent, weight_map(path.parent))
+    folder = Path(path).parent
+    read_own_parts(gemini, folder, None if Path(path).name == WEIGHTS_FILE else weight_map(folder))
 
 
 def read_own_parts(gemini: Any, folder: Path, file_of: Mapping[str, str] | None) -> None:
@@ -69,7 +68,7 @@ def read_own_parts(gemini: Any, folder: Path, file_of: Mapping[str, str] | None)
     parts: list[OwnPart] = []
     for name, parameter in gemini.named_parameters():
         if is_ddp_ignored(parameter):
-            parts.append(OwnPart(name, 0, parameter.data.view(-1)))
+            parts.append(OwnPart(name, tuple(parameter.shape), 0, parameter.data.view(-1)))
     chunks = manager.get_chunks(names)
     for chunk in chunks:
         parts += own_parts(chunk, names)
@@ -93,18 +92,20 @@ def own_parts(chunk: Any, names: Mapping["torch.Tensor", str]) -> Iterator[OwnPa
     for tensor, place in chunk.tensors_info.items():
         begin, end = max(place.offset, first), min(place.end, first + held.numel())
         if begin < end:
-            yield OwnPart(names[tensor], begin - place.offset, held[begin - first : end - first])
+            yield OwnPart(names[tensor], tuple(tensor.shape), begin - place.offset, held[begin - first : end - first])
 
 
 def _read(file: "safe_open", part: OwnPart, dtype: "torch.dtype") -> None:
     """Copy numbers of a tensor, some of its rows at a time."""
     stored = file.get_slice(part.name)
-    shape = stored.get_shape()
-    width = math.prod(shape[1:])
+    if tuple(stored.get_shape()) != part.shape:
+        raise UserError(f"{part.name} is stored with shape {tuple(stored.get_shape())}, {part.shape} needed")
+    width = math.prod(part.shape[1:])
     rows = max(PIECE_NUMBERS // width, 1)
     end = part.begin + part.place.numel()
-    for row in range(part.begin // width, math.ceil(end / width), rows):
-        piece = stored[row : row + rows].reshape(-1)
+    last = math.ceil(end / width)
+    for row in range(part.begin // width, last, rows):
+        piece = stored[row : min(row + rows, last)].reshape(-1)
         start = row * width
         begin, stop = max(start, part.begin), min(start + piece.numel(), end)
         numbers = piece[begin - start : stop - start].to(dtype)

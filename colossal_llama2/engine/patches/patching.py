@@ -300,12 +300,6 @@ _TABLE = (
     _log("debug", 165),
     _log("error", 176),
     Patch(
-        "colossalai.zero:GeminiDDP._load_from_state_dict",
-        "tied embeddings that are stored under both of their names are refused",
-        "zero/gemini/gemini_ddp.py:817",
-        "unexpected_keys.append(key)",
-    ),
-    Patch(
         "colossalai.shardformer.layer.linear:Linear1D_Row.__init__",
         "3d, --sp_mode split_gather and ring: wrong gradients of the biases of o_proj and down_proj",
         "shardformer/layer/linear.py:592",

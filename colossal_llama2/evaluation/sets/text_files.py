@@ -15,6 +15,8 @@ from colossal_llama2.storage.input_files import JSON_BYTES, check_regular
 MAX_BYTES = 256 << 20
 MAX_CELL = 1 << 24
 UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+# The first begins with a mark of UTF-16.
+UTF_32_MARKS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 
 
 class Row(NamedTuple):
@@ -48,10 +50,12 @@ def read_text(path: Path) -> str:
     """The text of a file in UTF-8, with or without a byte order mark.
 
     Raises:
-        UserError: it is missing, empty, too large, or with the line, not UTF-8 or not a text.
+        UserError: it is missing, empty or too large; or it is not UTF-8 or not text, then with the line.
     """
     check_readable(path, max_bytes=MAX_BYTES)
     content = path.read_bytes()
+    if content.startswith(UTF_32_MARKS):
+        raise UserError(f"{path}:1: is UTF-32, not UTF-8; convert it, such as with iconv -f UTF-32 -t UTF-8")
     if content.startswith(UTF_16_MARKS):
         raise UserError(f"{path}:1: is UTF-16, not UTF-8; convert it, such as with iconv -f UTF-16 -t UTF-8")
     try:
@@ -65,7 +69,7 @@ def read_text(path: Path) -> str:
     zero = text.find("\0")
     if zero >= 0:
         line = text.count("\n", 0, zero) + 1
-        raise UserError(f"{path}:{line}: has a zero byte, so it is not a text; copy it again from its source")
+        raise UserError(f"{path}:{line}: has a zero byte, so it is not text; copy it again from its source")
     if not text.strip():
         raise UserError(f"{path}:1: has only blank lines; copy it again from its source")
     return text
