@@ -2,9 +2,10 @@
 
     torchrun --standalone --nproc_per_node 3 tests/loading_worker.py NAME.job
 
-NAME.job is JSON: {"name", "flags"}, flags of train.py --benchmark. Rank 0 writes NAME.json: "differing", the chunks of
-any rank that the two loaded differently, "chunks", how many each rank has, and "ours" and "theirs", the most resident
-memory that loading took on any rank besides the chunks.
+NAME.job is JSON: {"name", "flags", "model"}, flags of train.py --benchmark and the folder to load. Rank 0 writes
+NAME.json: "differing", the tensors that the two loaded differently, and "zeros", those without a number, both of each
+rank; "tensors", how many each rank has, chunks and parameters without one; and "ours" and "theirs", the most resident
+memory that loading took on any rank besides these tensors.
 """
 
 import ctypes
@@ -25,16 +26,20 @@ from colossal_llama2.train.stepping.stopping import NoSignals
 from tests.saving_worker import resident, return_freed_memory
 
 
-def chunks_of(model) -> list:
-    """All chunks of half precision and of master weights."""
+def tensors_of(model) -> list:
+    """This rank's parts of all chunks, of half precision and of master weights, and the parameters without a chunk."""
+    from colossalai.utils import is_ddp_ignored
+
     manager = model.chunk_manager
-    return [*manager.get_chunks(model.fp16_params), *manager.get_chunks(model.fp32_params)]
+    chunks = [*manager.get_chunks(model.fp16_params), *manager.get_chunks(model.fp32_params)]
+    alone = [parameter.data for parameter in model.parameters() if is_ddp_ignored(parameter)]
+    return [*(chunk.payload for chunk in chunks), *alone]
 
 
 def peak_of_loading(engine, path: str) -> int:
-    """Load into chunks of zeros; the most memory that it took on a rank besides what the rank held."""
-    for chunk in chunks_of(engine.model):
-        chunk.payload.zero_()
+    """Load into tensors of zeros; the most memory that it took on a rank besides what the rank held."""
+    for tensor in tensors_of(engine.model):
+        tensor.zero_()
     engine.barrier()
     ctypes.CDLL(None).malloc_trim(0)
     # Resets VmHWM.
@@ -50,14 +55,14 @@ def compare(engine, path: str) -> dict:
         # What is imported and allocated once is not counted.
         peak_of_loading(engine, path)
         theirs = peak_of_loading(engine, path)
-        wanted = [chunk.payload.clone() for chunk in chunks_of(engine.model)]
+        wanted = [tensor.clone() for tensor in tensors_of(engine.model)]
     ours = peak_of_loading(engine, path)
-    found = [chunk.payload for chunk in chunks_of(engine.model)]
+    found = tensors_of(engine.model)
     differing = [place for place, pair in enumerate(zip(wanted, found, strict=True)) if not pair[0].equal(pair[1])]
     return {
         "differing": collectives.gather_values(differing),
-        "zeros": collectives.gather_values([place for place, chunk in enumerate(found) if not chunk.any()]),
-        "chunks": len(found),
+        "zeros": collectives.gather_values([place for place, tensor in enumerate(found) if not tensor.any()]),
+        "tensors": len(found),
         "ours": ours,
         "theirs": theirs,
     }

@@ -57,6 +57,8 @@ def plain_process(monkeypatch):
             2,
             f"tool.py: error: in/f: Permission denied{errors.PERMISSION_CURE}",
         ),
+        (PermissionError(errno.EPERM, "Not permitted", "in/f"), 1, "tool.py: error: in/f: Not permitted"),
+        (PermissionError(errno.EACCES, "Permission denied"), 1, "tool.py: error: Permission denied"),
         (OSError("the pipe broke"), 1, "tool.py: error: the pipe broke"),
         (KeyboardInterrupt(), 130, "tool.py: error: interrupted"),
     ],
@@ -156,11 +158,7 @@ def test_one_process_of_a_host_prints(monkeypatch, capsys):
         ("UserError('shared')", 2, ""),
         ("LaunchError('its own environment')", 2, "tool.py: error: rank 1: its own environment"),
         ("OSError(28, 'No space left')", 1, "tool.py: error: rank 1: No space left"),
-        (
-            "PermissionError(13, 'not allowed')",
-            1,
-            f"tool.py: error: rank 1: not allowed{errors.PERMISSION_CURE}",
-        ),
+        ("PermissionError(13, 'not allowed', 'in/f')", 1, "tool.py: error: rank 1: in/f: not allowed"),
         ("ValueError('a bug')", 1, "ValueError: a bug"),
     ],
 )

@@ -129,7 +129,7 @@ def test_batches_and_shared_beginnings_change_nothing(loaded, sets):
         assert one["choice"] == other["choice"]
 
 
-@pytest.mark.parametrize("shots", [5, 0])
+@pytest.mark.parametrize("shots", [3, 0])
 def test_the_questions_of_a_subject_share_what_they_begin_with(loaded, sets, shots):
     """Without examples, the introduction."""
     model, tokenizer, folder = loaded
