@@ -29,3 +29,4 @@ def test_a_list_names_three(names, text):
 
 def test_a_list_counts_the_rest_with_separators():
     assert some(["x"] * 1503) == "x, x, x and 1,500 more"
+    assert some(["x"] * 4, 4) == "x, x, x, x"

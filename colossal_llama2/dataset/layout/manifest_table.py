@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from colossal_llama2.plurals import some
 from colossal_llama2.tables import table_lines
 from colossal_llama2.terminal_text import visible_line
 
@@ -72,7 +73,7 @@ def _list_text(values: Sequence[Any]) -> str:
         return ", ".join(map(_cell, values)) or "none"
     if all(isinstance(value, (int, float)) for value in values):
         return f"{len(values):,} numbers, {_cell(min(values))} to {_cell(max(values))}"
-    return f"{', '.join(map(_cell, values[:MAX_LISTED]))} and {len(values) - MAX_LISTED:,} more"
+    return some([_cell(value) for value in values], MAX_LISTED)
 
 
 def _short(text: str) -> str:

@@ -18,7 +18,7 @@ from colossal_llama2.corpus.data_files import InputFile, LostFile, Unit
 from colossal_llama2.dataset.layout import store
 from colossal_llama2.dataset.layout.token_ledger import TokenLedger
 from colossal_llama2.errors import RunError
-from colossal_llama2.plurals import counted
+from colossal_llama2.plurals import counted, some
 from colossal_llama2.terminal_text import visible_line
 
 BAD_ROWS_FILE = "bad_rows.jsonl"
@@ -82,6 +82,5 @@ def report_lost(lost: Sequence[dict[str, Any]], *, on_bad_file: str, output: Pat
 def roles_in_words(roles: Mapping[str, int]) -> str:
     """The unknown roles with the number of messages of each, the most frequent first, and the cure."""
     ordered = sorted(roles, key=lambda role: (-roles[role], role))
-    listed = ", ".join(f"{visible_line(role)} ({counted(roles[role], 'message')})" for role in ordered[:MAX_ROLES])
-    rest = f" and {len(ordered) - MAX_ROLES:,} more" if len(ordered) > MAX_ROLES else ""
-    return f"unknown roles: {listed}{rest}; if one is the assistant, name it with --assistant_roles"
+    listed = [f"{visible_line(role)} ({counted(roles[role], 'message')})" for role in ordered]
+    return f"unknown roles: {some(listed, MAX_ROLES)}; if one is the assistant, name it with --assistant_roles"

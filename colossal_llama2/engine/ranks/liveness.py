@@ -24,6 +24,7 @@ from colossal_llama2.engine.ranks.meeting import HELLO, REFUSED, WELCOME, Line, 
 from colossal_llama2.engine.ranks.torchrun_store import Store, StoreError
 from colossal_llama2.errors import LaunchError, RankError, RunError, Stopped
 from colossal_llama2.launcher import RESTART_COUNT, Place, place
+from colossal_llama2.plurals import some
 from colossal_llama2.terminal_text import report_line
 
 # How long a rank whose network failed waits for the number of the dead rank, and how long a rank waits for its own
@@ -39,6 +40,7 @@ STORE_SECONDS = 1.0
 FINISHED, FAILED, STOPPED = "bye", "failed", "stopped"
 ALL_CONNECTED, LOST = "met", "lost"
 MAX_REASON = 400
+MAX_NAMED = 8
 # gloo's messages for a rank that did not answer in time, and for every collective after that. NCCL aborts the process.
 TIMED_OUT = ("Timed out waiting", "Application timeout caused pair closure")
 
@@ -235,10 +237,9 @@ class Watch:
 
     def _missing(self) -> str:
         missing = [str(rank) for rank in range(self._here.world_size) if rank not in self._hosts]
-        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
         if not missing or self._here.rank > 0:
             return "other ranks"
-        return f"rank{'s' if len(missing) > 1 else ''} {', '.join(missing[:8])}{more} of {self._here.world_size}"
+        return f"rank{'s' if len(missing) > 1 else ''} {some(missing, MAX_NAMED)} of {self._here.world_size}"
 
     def _remind(self, text: str) -> None:
         if time.monotonic() > self._next_reminder:
