@@ -90,6 +90,22 @@ def test_a_line_of_another_task_is_refused(evaluated, tmp_path):
         evaluate(path, "mmlu", "cmmlu")
 
 
+@pytest.mark.parametrize("items", [(1, 0), (0, 0, 1)], ids=["another order", "one twice"])
+def test_items_in_another_order_are_refused(evaluated, items, tmp_path):
+    """As of a version that makes other batches: some would be missing, and others twice."""
+    evaluate, _ = evaluated
+    path = tmp_path / "r.jsonl"
+    evaluate(path, "mmlu", limit=3)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    records = [json.loads(lines[number]) for number in range(len(items))]
+    order = [record["item"] for record in map(json.loads, lines[:3])]
+    for record, place in zip(records, items, strict=True):
+        record["item"] = order[place]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    with pytest.raises(UserError, match="the items of mmlu are not in the order in which this version computes them"):
+        evaluate(path, "mmlu", limit=3)
+
+
 def test_another_precision_is_refused_for_a_file_that_is_complete_too(evaluated):
     evaluate, done = evaluated
     with pytest.raises(UserError, match="was begun with --dtype auto on cpu, now bf16 on cpu"):

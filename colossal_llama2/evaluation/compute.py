@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from colossal_llama2 import launcher
+from colossal_llama2.errors import UserError
 from colossal_llama2.evaluation import ranks
 from colossal_llama2.evaluation.batching import Batch, Room, batches_of
 from colossal_llama2.evaluation.task import PreparedTask, Row, Task
@@ -33,7 +34,7 @@ def records_of(
     task: Task,
     *,
     batch_size: int | None,
-    skip: int = 0,
+    done: Sequence[int] = (),
 ) -> Iterator[list[Record]]:
     """Yield the records of a task's items, some at a time, in an order that depends on the task and the model alone.
 
@@ -42,23 +43,28 @@ def records_of(
     Args:
         folder: the model's.
         batch_size: items that are computed together; None for what fits.
-        skip: how many records to leave out at the beginning.
+        done: the items whose records an earlier command has computed, in its order. They are left out.
 
     Raises:
-        UserError: the tokenizer cannot be used for the task.
+        UserError: the tokenizer cannot be used for the task, or the items of `done` are not the first ones.
     """
     prepared = task.prepare(model, tokenizer, folder)
     room = _room(model, batch_size, is_continued=prepared.new_tokens > 1)
     batches = batches_of(prepared.rows, room, new_tokens=prepared.new_tokens)
+    if list(done) != [row.item for batch in batches for row in batch.rows][: len(done)]:
+        raise UserError(
+            f"--output_file: the items of {task.name} are not in the order in which this version computes them; give a "
+            "new file"
+        )
     computer, here = _Computer(model, prepared, task), launcher.place()
     before = 0
     for start in range(0, len(batches), here.world_size):
         turn = batches[start : start + here.world_size]
         after = before + sum(len(batch.rows) for batch in turn)
-        if after > skip:
+        if after > len(done):
             own = computer.records(turn[here.rank]) if here.rank < len(turn) else []
             found = [record for rank in ranks.gathered(own) for record in rank]
-            yield found[max(0, skip - before) :]
+            yield found[max(0, len(done) - before) :]
         before = after
 
 

@@ -145,9 +145,8 @@ class _Job:
                 around.enter_context(contextlib.closing(self._file))
             done = self._open(device.type)
             for number, model in enumerate(self._models):
-                skip = min(max(done - number * self._items, 0), self._items)
-                if skip < self._items:
-                    self._evaluate(model, device, skip)
+                if done < (number + 1) * self._items:
+                    self._evaluate(model, device)
 
     def _open(self, device: str) -> int:
         """Open --output_file on rank 0. Returns how many items are done, or raises the error of rank 0 on all ranks."""
@@ -165,15 +164,23 @@ class _Job:
             raise UserError(problem) if is_mistake else RunError(problem)
         return done
 
-    def _evaluate(self, model: Model, device: "torch.device", skip: int) -> None:
-        """All tasks of a model, without the first `skip` items."""
+    def _evaluate(self, model: Model, device: "torch.device") -> None:
+        """All tasks of a model, without the items that have a record."""
         dtype = "fp32" if self._settings.dtype == "auto" and device.type == "cpu" else self._settings.dtype
         network, tokenizer = loading.load_folder(model.folder, device, given=model.given, dtype=dtype, rows=1)
         for task in self._tasks:
-            count = len(task.subjects)
-            if skip < count:
-                self._measure(model, network, tokenizer, task, skip)
-            skip = max(0, skip - count)
+            # Rank 0 alone has opened the file.
+            done = ranks.gathered(self._items_of(model, task))[0]
+            if set(done) != set(range(len(task.subjects))):
+                self._measure(model, network, tokenizer, task, done)
+
+    def _items_of(self, model: Model, task: Task) -> list[int | None]:
+        """The items of a task whose records are there."""
+        return [
+            record.get("item")
+            for record in self._records
+            if (record["model"], record["task"]) == (model.name, task.name)
+        ]
 
     def _measure(
         self,
@@ -181,13 +188,13 @@ class _Job:
         network: "LlamaForCausalLM",
         tokenizer: "PreTrainedTokenizerBase",
         task: Task,
-        skip: int,
+        done: Sequence[int],
     ) -> None:
-        found = records_of(network, tokenizer, str(model.folder), task, batch_size=self._settings.batch_size, skip=skip)
+        found = records_of(network, tokenizer, str(model.folder), task, batch_size=self._settings.batch_size, done=done)
         bar = SilentProgress()
         if is_first_rank():
             name = f"{model.name}, {task.name}"
-            bar = progress(total=len(task.subjects), description=name, unit="item", initial=skip)
+            bar = progress(total=len(task.subjects), description=name, unit="item", initial=len(done))
         with bar:
             for records in found:
                 if is_first_rank():

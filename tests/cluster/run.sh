@@ -5,7 +5,7 @@
 #   bash tests/cluster/run.sh [--launcher colossalai|torchrun|slurm|ray|doctor] [--only WORD] [--quick] [--at_once N]
 #                             [--keep DIR] [--patience FACTOR] [--repeats N] [--limit SECONDS] [--skip_if_missing]
 #
-# It takes about a quarter of an hour on two idle cores, --quick three to four minutes. It prints each cell when done,
+# It takes 17 to 20 minutes on two idle cores, --quick three to four minutes. It prints each cell when done,
 # and ends with code 1 if a cell is not as expected. It needs root, iproute2 and openssh-server; with slurm-wlm and
 # munge also Slurm is tested, with tcsh its login shell, and with requirements-ray.txt Ray. It installs nothing. --quick
 # has the cells whose outcome does not depend on the speed of the machine: each launcher trains, loses a host, gets
