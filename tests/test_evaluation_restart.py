@@ -90,8 +90,14 @@ def test_a_line_of_another_task_is_refused(evaluated, tmp_path):
         evaluate(path, "mmlu", "cmmlu")
 
 
-@pytest.mark.parametrize("items", [(1, 0), (0, 0, 1)], ids=["another order", "one twice"])
-def test_items_in_another_order_are_refused(evaluated, items, tmp_path):
+@pytest.mark.parametrize(
+    "items, message",
+    [
+        ((1, 0), "the items of mmlu are not in the order in which this version computes them"),
+        ((0, 1, 0), "r.jsonl:3: has an item of one and mmlu a second time; give a new file"),
+    ],
+)
+def test_items_in_another_order_are_refused(evaluated, items, message, tmp_path):
     """As of a version that makes other batches: some would be missing, and others twice."""
     evaluate, _ = evaluated
     path = tmp_path / "r.jsonl"
@@ -102,7 +108,7 @@ def test_items_in_another_order_are_refused(evaluated, items, tmp_path):
     for record, place in zip(records, items, strict=True):
         record["item"] = order[place]
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    with pytest.raises(UserError, match="the items of mmlu are not in the order in which this version computes them"):
+    with pytest.raises(UserError, match=message):
         evaluate(path, "mmlu", limit=3)
 
 

@@ -118,10 +118,14 @@ class _Job:
             )
 
     def _earlier_records(self) -> list[Record]:
-        """The records of an earlier command. Raises UserError if one belongs to another model or task than its line."""
+        """The records of an earlier command.
+
+        Raises:
+            UserError: one belongs to another model or task than its line, or is there twice.
+        """
         if self._file is None:
             return []
-        found = self._file.records()
+        found, seen = self._file.records(), set()
         places = ((model.name, task.name) for model in self._models for task in self._tasks for _ in task.subjects)
         for number, (record, (model, task)) in enumerate(zip(found, places, strict=False), start=1):
             given = record.get("model"), record.get("task")
@@ -130,6 +134,12 @@ class _Job:
                     f"{self._settings.output_file}:{number}: is an item of {given[0]} and {given[1]}, and one of "
                     f"{model} and {task} belongs there; give a new file"
                 )
+            if (model, task, record.get("item")) in seen:
+                raise UserError(
+                    f"{self._settings.output_file}:{number}: has an item of {model} and {task} a second time; give a "
+                    "new file"
+                )
+            seen.add((model, task, record.get("item")))
         return found
 
     @property
@@ -171,7 +181,7 @@ class _Job:
         for task in self._tasks:
             # Rank 0 alone has opened the file.
             done = ranks.gathered(self._items_of(model, task))[0]
-            if set(done) != set(range(len(task.subjects))):
+            if len(done) < len(task.subjects):
                 self._measure(model, network, tokenizer, task, done)
 
     def _items_of(self, model: Model, task: Task) -> list[int | None]:
