@@ -394,7 +394,12 @@ def test_a_signal_to_a_slurm_job_reaches_the_launch_whose_exit_code_counts(workp
 
 @pytest.mark.parametrize(
     "code, line",
-    [(0, None), (1, "exit code 1 before the launch"), (2, "exit code 2, a mistake"), (143, "ended by a signal")],
+    [
+        (0, None),
+        (1, "exit code 1 before the launch"),
+        (2, "exit code 2: something has to be corrected first"),
+        (143, "ended by a signal"),
+    ],
 )
 def test_a_slurm_job_that_is_done_or_has_failed_is_not_requeued(code, line, workplace):
     names = "LAUNCHER RUN_NAME RESUME NPROC_PER_NODE MASTER_PORT"

@@ -546,7 +546,7 @@ def test_a_parent_that_cannot_be_written_to_is_found_before_any_work(model_dir, 
     ):
         with monkeypatch.context() as patch, pytest.raises(UserError, match=f"no write permission in {closed};"):
             # Root may write everywhere, so the system's answer is patched.
-            patch.setattr("os.access", lambda path, mode, closed=closed: Path(path) != closed)
+            patch.setattr("os.access", lambda path, mode, closed=closed, **_: Path(path) != closed)
             patch.setattr("colossal_llama2.model.init_model._read_config", None)
             init_model(InitModelSettings(model_dir, expanded, target, **named))
 
