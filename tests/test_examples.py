@@ -397,7 +397,7 @@ def test_a_signal_to_a_slurm_job_reaches_the_launch_whose_exit_code_counts(workp
     [
         (0, None),
         (1, "exit code 1 before the launch"),
-        (2, "exit code 2: something has to be corrected first"),
+        (2, "exit code 2: something has to be"),
         (143, "ended by a signal"),
     ],
 )
