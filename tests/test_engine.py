@@ -367,25 +367,6 @@ def test_the_norm_of_a_chunk(gloo_group, size, is_gathered, theirs_is_low):
     assert (norms[1] < 0.999 * exact) == theirs_is_low
 
 
-@pytest.mark.parametrize("is_trained", [True, False])
-def test_a_parameter_is_cloned_without_its_numbers_only_where_gemini_converts_it(is_trained, monkeypatch):
-    from colossalai.tensor import ColoParameter
-    from colossalai.zero import GeminiDDP
-
-    bug_fixes.convert_into_chunks()
-    values = torch.arange(6.0).view(2, 3)
-    param = torch.nn.Parameter(values.clone(), requires_grad=is_trained)
-    gemini = GeminiDDP.__new__(GeminiDDP)
-    # Without what its initialization needs: a process group and a model.
-    vars(gemini)["master_weights"] = True
-    monkeypatch.setattr(GeminiDDP, "__del__", lambda self: None)
-    gemini._preprocess_param(param)
-    assert type(param) is ColoParameter
-    first, second = param.clone(), param.clone()
-    assert type(first) is type(second) and torch.equal(second, values) and torch.equal(param, values)
-    assert first.numel() == (0 if is_trained else 6)
-
-
 def test_master_weights_are_converted_in_their_chunk(gloo_group, monkeypatch):
     """The float32 copy of a parameter is freed before its chunk has one: else Gemini holds both while it loads."""
     import torch.distributed as dist

@@ -276,20 +276,10 @@ def norm_in_blocks() -> None:
 def convert_into_chunks() -> None:
     """Make Gemini convert a parameter to float32 inside the chunk of master weights.
 
-    zero/gemini/gemini_ddp.py:850 makes a copy and another one in float32 first, which the chunk then copies again. For
-    embeddings, which have a chunk of their own, all of them are whole on every rank.
+    zero/gemini/gemini_ddp.py:851 makes a float32 copy first, of which the chunk then makes another one. For embeddings,
+    which have a chunk of their own, both are whole on every rank.
     """
     import torch
-
-    def without_copies(preprocess):
-        @functools.wraps(preprocess)
-        def preprocess_without_copies(self, param) -> None:
-            preprocess(self, param)
-            if self.master_weights and param.requires_grad:
-                # _init_chunks calls it next, once.
-                param.clone = functools.partial(_empty_clone, param)
-
-        return preprocess_without_copies
 
     def converting(register):
         @functools.wraps(register)
@@ -298,28 +288,16 @@ def convert_into_chunks() -> None:
                 register(self, tensor, group_type, *args, **keywords)
                 return
             # Its half-precision original was registered before it, and is in a chunk too.
-            original = next(reversed(self.tensor_chunk_map))
-            # One number, as many times as the parameter has numbers.
-            tensor.data = torch.zeros(1, dtype=tensor.dtype, device=tensor.device).expand(original.numel())
+            original, shape = next(reversed(self.tensor_chunk_map)), tensor.shape
+            # One number, as many times as the parameter has numbers: the copy is freed before there is a chunk.
+            tensor.data = torch.zeros(1, dtype=tensor.dtype, device=tensor.device).expand(tensor.numel())
             register(self, tensor, group_type, *args, **keywords)
-            tensor.data = tensor.data.view(original.shape)
+            tensor.data = tensor.data.view(shape)
             tensor.data.copy_(original.data)
 
         return register_and_convert
 
-    patching.install("colossalai.zero:GeminiDDP._preprocess_param", without_copies)
     patching.install("colossalai.zero.gemini.chunk.manager:ChunkManager.register_tensor", converting)
-
-
-def _empty_clone(param):
-    """A clone of a parameter without its numbers, once; afterwards it is cloned as usual."""
-    del param.clone
-    data = param.data
-    param.data = data.new_empty(0)
-    try:
-        return param.clone()
-    finally:
-        param.data = data
 
 
 def sum_of_squares(values) -> float:

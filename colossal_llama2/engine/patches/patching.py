@@ -318,12 +318,6 @@ _TABLE = (
         "fp32_p.data.float()",
     ),
     Patch(
-        "colossalai.zero:GeminiDDP._preprocess_param",
-        "Gemini: a parameter is copied before it is converted to float32",
-        "zero/gemini/gemini_ddp.py:850",
-        "fp32_p = p.clone()",
-    ),
-    Patch(
         "colossalai.legacy.utils.memory:colo_device_memory_capacity",
         "automatic placement: ranks may gather different chunks, and wait for each other",
         "zero/gemini/placement_policy.py:177",
