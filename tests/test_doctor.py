@@ -483,7 +483,8 @@ def test_mistakes_in_the_hostfile_and_in_flags_end_before_any_host_is_asked(run_
 @pytest.mark.parametrize(
     "program, message",
     [
-        (None, "cannot be asked, since this host has no srun; install Slurm's commands here"),
+        (None, "cannot be asked, since srun does not run here (No such file or directory); mend Slurm's commands"),
+        ("trap '' TERM; echo stuck >&2; sleep 30", "runs nothing by srun within 1 s (stuck); look at sinfo"),
         ("cat > input; echo it ran; env > variables", None),
         (
             "echo 'srun: error: Unable to create step: Invalid node name' >&2; exit 1",
@@ -494,7 +495,7 @@ def test_mistakes_in_the_hostfile_and_in_flags_end_before_any_host_is_asked(run_
             "runs nothing by srun within 1 s (srun: Step creation temporarily disabled, retrying); look at sinfo",
         ),
     ],
-    ids=["absent", "runs", "refuses", "waits"],
+    ids=["absent", "cannot be ended", "runs", "refuses", "waits"],
 )
 def test_a_node_of_a_slurm_job_is_asked_by_srun(program, message, tmp_path, monkeypatch):
     """A script of the name is in place of srun, whose waiting and refusals it repeats."""

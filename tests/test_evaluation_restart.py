@@ -112,6 +112,20 @@ def test_items_in_another_order_are_refused(evaluated, items, message, tmp_path)
         evaluate(path, "mmlu", limit=3)
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [("is_correct", None), ("item", None), ("item", 777), ("item", True), ("logits", ["x"]), ("seconds", "1")],
+)
+def test_a_damaged_line_is_refused(evaluated, name, value, tmp_path):
+    evaluate, done = evaluated
+    path = half_done(done, tmp_path)
+    first, *others = path.read_text(encoding="utf-8").splitlines()
+    record = {**json.loads(first), name: value}
+    path.write_text("\n".join([json.dumps(record), *others, ""]), encoding="utf-8")
+    with pytest.raises(UserError, match="r.jsonl:1: is not an item of mmlu; give a new file"):
+        evaluate(path, "mmlu", "cmmlu")
+
+
 def test_another_precision_is_refused_for_a_file_that_is_complete_too(evaluated):
     evaluate, done = evaluated
     with pytest.raises(UserError, match="was begun with --dtype auto on cpu, now bf16 on cpu"):

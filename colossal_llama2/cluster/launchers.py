@@ -315,8 +315,16 @@ def slurm_hosts() -> list[Host]:
             "(see train.example.sbatch), or run it in salloc"
         )
     nodes = os.environ.get("SLURM_JOB_NODELIST", "")
+    command = ["scontrol", "show", "hostnames", nodes]
+    problem = "names no host"
     try:
-        found = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(f"scontrol show hostnames {nodes}: {error}") from error
-    return [Host(name) for name in found.stdout.split()]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_SECONDS)
+        if found.returncode:
+            problem = one_line(found.stderr) or f"exit code {found.returncode}"
+        elif found.stdout.split():
+            return [Host(name) for name in found.stdout.split()]
+    except subprocess.TimeoutExpired:
+        problem = f"no answer within {SLURM_SECONDS} s"
+    except OSError as error:
+        problem = error.strerror or str(error)
+    raise UserError(f"{' '.join(command)}: {problem}; mend that, or submit the job again")

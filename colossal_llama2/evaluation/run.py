@@ -121,19 +121,26 @@ class _Job:
         """The records of an earlier command.
 
         Raises:
-            UserError: one belongs to another model or task than its line, or is there twice.
+            UserError: one belongs to another model or task than its line, is there twice, or lacks a field.
         """
         if self._file is None:
             return []
         found, seen = self._file.records(), set()
-        places = ((model.name, task.name) for model in self._models for task in self._tasks for _ in task.subjects)
-        for number, (record, (model, task)) in enumerate(zip(found, places, strict=False), start=1):
+        places = (
+            (model.name, task.name, len(task.subjects))
+            for model in self._models
+            for task in self._tasks
+            for _ in task.subjects
+        )
+        for number, (record, (model, task, count)) in enumerate(zip(found, places, strict=False), start=1):
             given = record.get("model"), record.get("task")
             if given != (model, task):
                 raise UserError(
                     f"{self._settings.output_file}:{number}: is an item of {given[0]} and {given[1]}, and one of "
                     f"{model} and {task} belongs there; give a new file"
                 )
+            if not _is_record(record, count):
+                raise UserError(f"{self._settings.output_file}:{number}: is not an item of {task}; give a new file")
             if (model, task, record.get("item")) in seen:
                 raise UserError(
                     f"{self._settings.output_file}:{number}: has an item of {model} and {task} a second time; give a "
@@ -234,3 +241,23 @@ class _Job:
         if self._settings.output_file is not None:
             dtype = self._file.dtype if self._file else None
             write_results(results, self._settings.output_file, {**self._decides, "dtype": dtype})
+
+
+def _is_record(record: Record, count: int) -> bool:
+    """Whether a record has what the results of a task with `count` items are made of."""
+
+    def has(name: str, *kinds: type) -> bool:
+        return type(record.get(name)) in kinds
+
+    is_scored = has("is_correct", bool) or (has("bits", int, float) and has("bytes", int))
+    logits = record.get("logits", [0.0])
+    return (
+        has("item", int)
+        and 0 <= record["item"] < count
+        and has("subject", str)
+        and has("tokens", int)
+        and has("seconds", int, float)
+        and is_scored
+        and isinstance(logits, list)
+        and all(type(logit) in (int, float) for logit in logits)
+    )

@@ -10,8 +10,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,10 +104,15 @@ def by_srun(host: Host, script: str, *, seconds: float) -> Answer:
     pipe = subprocess.PIPE
     try:
         process = subprocess.Popen(
-            ["srun", *options, *SHELL.split()], env=variables, stdin=pipe, stdout=pipe, stderr=pipe
+            ["srun", *options, *SHELL.split()],
+            env=variables,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=pipe,
+            start_new_session=True,
         )
-    except FileNotFoundError:
-        return Answer(None, "cannot be asked, since this host has no srun; install Slurm's commands here")
+    except OSError as error:
+        return Answer(None, f"cannot be asked, since srun does not run here ({error.strerror}); mend Slurm's commands")
     limit = ""
     try:
         output, trouble = process.communicate(script.encode(errors="surrogateescape"), timeout=seconds)
@@ -116,7 +123,9 @@ def by_srun(host: Host, script: str, *, seconds: float) -> Answer:
         try:
             output, trouble = process.communicate(timeout=SRUN_END_SECONDS)
         except subprocess.TimeoutExpired:
-            process.kill()
+            # With what it has started, which has its pipes too.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             output, trouble = process.communicate()
     if output.strip():
         return Answer(output.decode(errors="replace"))
