@@ -9,21 +9,15 @@ memory that loading took on any rank besides these tensors.
 """
 
 import ctypes
-import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from colossal_llama2 import launcher, logs
-from colossal_llama2.cli import train_flags
 from colossal_llama2.engine.patches import chunk_loading, patching
-from colossal_llama2.engine.process_group import launch, leave
 from colossal_llama2.engine.ranks import collectives
-from colossal_llama2.train import benchmark
-from colossal_llama2.train.settings.from_flags import resolve
-from colossal_llama2.train.stepping.stopping import NoSignals
-from tests.saving_worker import resident, return_freed_memory
+from tests.saving_worker import resident, run_job
 
 
 def tensors_of(model) -> list:
@@ -68,30 +62,12 @@ def compare(engine, path: str) -> dict:
     }
 
 
-def main() -> None:
-    """Load a model."""
-    path = Path(sys.argv[1])
-    return_freed_memory()
-    launcher.settle()
-    logs.configure_logging()
-    launch(seed=1024)
-    job = json.loads(path.read_text())
+def loaded_twice(parts: Any, job: dict, path: Path) -> dict:
+    """Load in both ways."""
+    # So that a tensor is read in several pieces.
     chunk_loading.PIECE_NUMBERS = 2**16
-    found = {}
-
-    def load_instead(parts, **options):
-        found.update(compare(parts.engine, job["model"]))
-        raise StopIteration
-
-    benchmark.measure = load_instead
-    try:
-        config = resolve(train_flags.train_parser().parse_args(job["flags"]))
-        benchmark.benchmark(config, config.benchmark, NoSignals())
-    except StopIteration:
-        if logs.is_first_rank():
-            path.with_suffix(".json").write_text(json.dumps(found))
-    leave()
+    return compare(parts.engine, job["model"])
 
 
 if __name__ == "__main__":
-    main()
+    run_job(loaded_twice)

@@ -12,7 +12,9 @@ import filecmp
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -78,24 +80,25 @@ def compare(engine: Engine, folder: Path) -> dict:
     return {**found, "files": files, "differing": sorted(set(files) - set(same)), "largest": largest}
 
 
-def main() -> None:
-    """Load a model, make a step, and save."""
+def run_job(measure: Callable[[Any, dict, Path], dict]) -> None:
+    """Build what train.py --benchmark measures, call `measure` instead, and write what it returns on rank 0.
+
+    Args:
+        measure: takes the benchmark's parts, the job and its file.
+    """
     path = Path(sys.argv[1])
     return_freed_memory()
     launcher.settle()
     logs.configure_logging()
     launch(seed=1024)
     job = json.loads(path.read_text())
-    # So that a parameter is gathered in several pieces and is in a file with few others.
-    checkpoint_io.SHARD_MIB, gathered_states.PIECE_BYTES = 4, 2**18
     found = {}
 
-    def save_instead(parts, **options):
-        benchmark._Steps(parts, parts.loader.steps(0, 0), NoTimer()).run_one(logs.SilentProgress())
-        found.update(compare(parts.engine, path.with_suffix("")))
+    def measure_instead(parts, **options):
+        found.update(measure(parts, job, path))
         raise StopIteration
 
-    benchmark.measure = save_instead
+    benchmark.measure = measure_instead
     try:
         config = resolve(train_flags.train_parser().parse_args(job["flags"]))
         benchmark.benchmark(config, config.benchmark, NoSignals())
@@ -105,5 +108,13 @@ def main() -> None:
     leave()
 
 
+def saved_twice(parts: Any, job: dict, path: Path) -> dict:
+    """Make a step, and save in both ways."""
+    # So that a parameter is gathered in several pieces and is in a file with few others.
+    checkpoint_io.SHARD_MIB, gathered_states.PIECE_BYTES = 4, 2**18
+    benchmark._Steps(parts, parts.loader.steps(0, 0), NoTimer()).run_one(logs.SilentProgress())
+    return compare(parts.engine, path.with_suffix(""))
+
+
 if __name__ == "__main__":
-    main()
+    run_job(saved_twice)

@@ -265,28 +265,33 @@ class SlurmLaunch(Launch):
         srun itself takes SIGTERM as an order to kill its tasks at once, and the first SIGINT as a question for their
         status.
         """
-        steps = self._ask("squeue", "--noheader", "--steps", f"--jobs={os.environ['SLURM_JOB_ID']}", "--format=%i %j")
+        steps = _answer_of_slurm(
+            "squeue", "--noheader", "--steps", f"--jobs={os.environ['SLURM_JOB_ID']}", "--format=%i %j"
+        )
         named = (line.split(maxsplit=1) for line in steps.splitlines())
         step = next((words[0] for words in named if words[1:] == [self.plan.mark]), None)
         if step is None:
             return False
         try:
-            self._ask("scancel", f"--signal={signal.Signals(number).name.removeprefix('SIG')}", step)
+            _answer_of_slurm("scancel", f"--signal={signal.Signals(number).name.removeprefix('SIG')}", step)
         except RunError as error:
             # Slurm is ending the job, and has sent SIGTERM to all its processes itself.
             if not SLURM_ENDS_IT.search(str(error)):
                 raise
         return True
 
-    @staticmethod
-    def _ask(*command: str) -> str:
-        try:
-            asked = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_SECONDS)
-        except subprocess.TimeoutExpired as error:
-            raise RunError(f"{command[0]}: no answer within {SLURM_SECONDS} s") from error
-        if asked.returncode:
-            raise RunError(f"{command[0]}: {one_line(asked.stderr) or f'exit code {asked.returncode}'}")
-        return asked.stdout
+
+def _answer_of_slurm(*command: str) -> str:
+    """What one of Slurm's commands prints. Raises RunError if it fails, cannot be run, or takes too long."""
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise RunError(f"{command[0]}: no answer within {SLURM_SECONDS} s") from error
+    except OSError as error:
+        raise RunError(f"{command[0]}: {error.strerror}") from error
+    if asked.returncode:
+        raise RunError(f"{command[0]}: {one_line(asked.stderr) or f'exit code {asked.returncode}'}")
+    return asked.stdout
 
 
 LAUNCHES: dict[str, type[Launch]] = {
@@ -315,16 +320,10 @@ def slurm_hosts() -> list[Host]:
             "(see train.example.sbatch), or run it in salloc"
         )
     nodes = os.environ.get("SLURM_JOB_NODELIST", "")
-    command = ["scontrol", "show", "hostnames", nodes]
-    problem = "names no host"
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_SECONDS)
-        if found.returncode:
-            problem = one_line(found.stderr) or f"exit code {found.returncode}"
-        elif found.stdout.split():
-            return [Host(name) for name in found.stdout.split()]
-    except subprocess.TimeoutExpired:
-        problem = f"no answer within {SLURM_SECONDS} s"
-    except OSError as error:
-        problem = error.strerror or str(error)
-    raise UserError(f"{' '.join(command)}: {problem}; mend that, or submit the job again")
+        names = _answer_of_slurm("scontrol", "show", "hostnames", nodes).split()
+    except RunError as error:
+        raise UserError(f"SLURM_JOB_NODELIST={nodes}: {error}; mend that, or submit the job again") from error
+    if not names:
+        raise UserError(f"SLURM_JOB_NODELIST={nodes}: scontrol names no host; submit the job again")
+    return [Host(name) for name in names]

@@ -141,12 +141,12 @@ class _Job:
                 )
             if not _is_record(record, count):
                 raise UserError(f"{self._settings.output_file}:{number}: is not an item of {task}; give a new file")
-            if (model, task, record.get("item")) in seen:
+            if (model, task, record["item"]) in seen:
                 raise UserError(
                     f"{self._settings.output_file}:{number}: has an item of {model} and {task} a second time; give a "
                     "new file"
                 )
-            seen.add((model, task, record.get("item")))
+            seen.add((model, task, record["item"]))
         return found
 
     @property
@@ -191,13 +191,10 @@ class _Job:
             if len(done) < len(task.subjects):
                 self._measure(model, network, tokenizer, task, done)
 
-    def _items_of(self, model: Model, task: Task) -> list[int | None]:
+    def _items_of(self, model: Model, task: Task) -> list[int]:
         """The items of a task whose records are there."""
-        return [
-            record.get("item")
-            for record in self._records
-            if (record["model"], record["task"]) == (model.name, task.name)
-        ]
+        of = (model.name, task.name)
+        return [record["item"] for record in self._records if (record["model"], record["task"]) == of]
 
     def _measure(
         self,
